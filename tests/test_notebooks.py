@@ -1,0 +1,80 @@
+"""What the site and the reader rely on, checked without rendering anything."""
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+
+
+def cells(path: Path) -> list[dict]:
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [c | {"source": c["source"] if isinstance(c["source"], str) else "".join(c["source"])} for c in found]
+
+
+def test_all_chapters_are_there():
+    numbers = {p.stem.split("_")[0] for p in NOTEBOOKS}
+    assert {"00", "00a", "01", "01a", "02", "02a", "02b", "02c", "03", "04", "04a", "04b", "05", "05a", "06", "07", "07a", "08", "09", "09a", "09b", "10"} <= numbers
+
+
+def test_the_sidebar_lists_each_notebook_once():
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    listed = re.findall(r"nbs/\w+\.ipynb", json.dumps(config["website"]["sidebar"]))
+    assert sorted(listed) == [f"nbs/{p.name}" for p in NOTEBOOKS]
+    assert [f"nbs/{p.name}" for p in NOTEBOOKS][0] == listed[0] == "nbs/00_index.ipynb"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_shape(path):
+    found = cells(path)
+    assert found[0]["cell_type"] == "markdown" and re.match(r"# \S[^\n]*\n\n> \S", found[0]["source"]), "title and one-line subtitle"
+    assert path.stat().st_size < 1_000_000
+    for n, cell in enumerate(found):
+        assert cell["source"].strip(), f"cell {n} is empty"
+        assert cell["source"].strip() != "---", f"cell {n}: a bare rule stops the site; use ***"
+        for out in cell.get("outputs", []):
+            assert out["output_type"] != "error", f"cell {n} failed when it was saved"
+            assert out.get("name") != "stderr", f"cell {n} wrote to standard error"
+    if path.stem != "00_index":
+        text = "\n".join(c["source"] for c in found if c["cell_type"] == "markdown")
+        for part in ("In this chapter", "## Summary", "## Exercises", "## Go further"):
+            assert part in text, f"no {part}"
+        assert any("#| default_exp" in c["source"] for c in found)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_resolve(path):
+    for cell in cells(path):
+        for target in re.findall(r"\]\(([^)\s]+)\)", cell["source"]) if cell["cell_type"] == "markdown" else []:
+            if not target.startswith(("http", "#", "mailto")):
+                assert (path.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "llm_course").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_exports_are_documented_used_and_tested(path):
+    "Each exported name has a docstring (constants excepted), and stands in a cell of its notebook that is not exported."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    source = re.search(r"File to edit: \.\./(nbs/\w+\.ipynb)", path.read_text(encoding="utf-8"))
+    notebook = cells(ROOT / source[1])
+    free = "\n".join(c["source"] for c in notebook if c["cell_type"] == "code" and not re.search(r"^#\|\s*exports?\b", c["source"], re.M))
+    exported = "\n".join(c["source"] for c in notebook if re.search(r"^#\|\s*exports?\b", c["source"], re.M))
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+            if isinstance(node, ast.FunctionDef):
+                untyped = [a.arg for a in node.args.args + node.args.kwonlyargs if a.annotation is None and a.arg not in ("self", "model", "closure", "figure", "tokenizer", "sampling")]
+                assert not untyped, f"{node.name}: {untyped} have no type"
+            assert re.search(rf"\b{node.name}\b", free) or len(re.findall(rf"\b{node.name}\b", exported)) > 1, f"{node.name} is never used"
+
+
+def test_no_function_is_too_long():
+    long = []
+    for path in (ROOT / "llm_course").glob("[a-z]*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50:
+                long.append(f"{path.name}:{node.name}")
+    assert not long
