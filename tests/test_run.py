@@ -154,7 +154,7 @@ def test_changed_settings_need_update_and_repeat_only_what_they_touch(smoke, tmp
     import shutil
     shutil.copytree(smoke, tmp_path / "run")
     refused = llm_course("run", "--size", "smoke", "--set", "dpo.beta=0.2", "--out", tmp_path / "run")
-    assert refused.returncode == 2 and "dpo.beta: 0.1 there, 0.2 now" in refused.stderr and "--update" in refused.stderr
+    assert refused.returncode == 2 and "dpo.beta: 0.3 there, 0.2 now" in refused.stderr and "--update" in refused.stderr
     done = llm_course("run", "--size", "smoke", "--set", "dpo.beta=0.2", "--out", tmp_path / "run", "--update")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"(\w+): started", done.stdout) == ["dpo", "eval"]
