@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .formats import UserError, data_files, disk_error, write_json
 
-# %% ../nbs/10a_cli.ipynb #f2ffbab0
+# %% ../nbs/10a_cli.ipynb #ebd56d88
 def source_name(path: str) -> str:
     "The name of a source: the file's or folder's name without its endings; `stdin` for `-`."
     return "stdin" if path == "-" else Path(path).resolve().name.split(".")[0] or Path(path).name
@@ -37,7 +37,7 @@ def split_weight(text: str, default: float = 0.5) -> tuple[str, float]:
 
 def with_sources(settings: dict, data: Sequence[str] = (), datasets: Sequence[str] = (), replace: bool = False) -> dict:
     "Settings with the files and data sets of a command line. Raises DataError for a path where nothing lies."
-    d = settings["data"] = dict(settings["data"], weights=dict(settings["data"]["weights"]), replace=replace)
+    d = settings["data"] = dict(settings["data"], weights=dict(settings["data"]["weights"]), replace=replace or settings["data"]["replace"])
     for text in data:
         path, weight = split_weight(text)
         if path != "-":
@@ -180,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--seed", type=int, default=0)
     return p
 
-# %% ../nbs/10a_cli.ipynb #727c7f09
+# %% ../nbs/10a_cli.ipynb #3590399f
 def _chain(args: argparse.Namespace) -> None:
     "Run the stages that a command names."
     import json
@@ -233,5 +233,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():   # not in a notebook
     sys.exit(main())

@@ -27,7 +27,8 @@ def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]
         return 0.0, 1.0
     p = successes / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return 0.0 if p == 0 else low, 1.0 if p == 1 else high  # exactly, where rounding would leave a trace
 
 
 def rate(successes: float, n: int) -> dict:

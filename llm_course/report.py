@@ -6,7 +6,7 @@
 __all__ = ['GREY', 'COLOURS', 'STYLE', 'show_value', 'table_rows', 'summary', 'new_axes', 'svg', 'read_log', 'curve',
            'funnel_figure', 'loss_figure', 'pairs_figure', 'ppo_figure', 'html_table', 'answers_table', 'write_report']
 
-# %% ../nbs/09c_report.ipynb #ee9faca0
+# %% ../nbs/09c_report.ipynb #27009cf4
 import html
 import io
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .formats import new_file, read_rows
 
-# %% ../nbs/09c_report.ipynb #a22d7eab
+# %% ../nbs/09c_report.ipynb #f6bf7a5d
 def show_value(x: object) -> str:
     "A figure as the table shows it: a number, or a value with its 95 % interval and n."
     if isinstance(x, dict) and "low" in x:
@@ -86,7 +86,7 @@ def summary(m: dict) -> str:
         before = stage
     return "\n".join(lines)
 
-# %% ../nbs/09c_report.ipynb #d6c4ffbf
+# %% ../nbs/09c_report.ipynb #3a01c640
 GREY, COLOURS = "#808080", ("#2a7de1", "#e0761a", "#2f9e6e", "#b04ac0")
 
 
@@ -176,7 +176,7 @@ def ppo_figure(log: Sequence[dict]):
     right.set_xlabel("KL from SFT (nats an answer)", color=GREY)
     return figure
 
-# %% ../nbs/09c_report.ipynb #905d5ee5
+# %% ../nbs/09c_report.ipynb #4b7c87bd
 STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}td,th{text-align:left;vertical-align:top;padding:.25rem .6rem;border-bottom:1px solid #8884}
 .scroll{overflow-x:auto}figure{margin:1rem 0}figure svg{max-width:100%;height:auto}figcaption,.small{color:#808080;font-size:.85rem}.right{color:#2f9e6e}.wrong{color:#c8552b}
@@ -216,7 +216,7 @@ def _figures(folder: Path) -> str:
         parts.append(html_table(["step", "rule", "documents removed"], taken))
     for stage, title in (("base", "Pretraining"), ("sft", "Supervised fine-tuning")):
         if log := read_log(folder / stage):
-            parts += [f"<h2>{title}</h2>", svg(loss_figure(log, title), f"{title}: loss over the steps, training and held out")]
+            parts += [f"<h2>{title}</h2>", svg(loss_figure(log, title), f"{title}: loss over the steps, on the training mixture and on held-out examples" + (" (as many documents of each source)" if stage == "base" else ""))]
     for stage, title, keys in (("reward", "Reward model", ("loss", "rewards/accuracies")), ("dpo", "DPO", ("rewards/margins", "logps/chosen"))):
         if log := read_log(folder / stage):
             parts += [f"<h2>{title}</h2>", svg(pairs_figure(log, title, keys), f"{title}: {keys[0]} and {keys[1]} over the steps")]
