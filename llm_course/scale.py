@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PEAK_FLOPS', 'SHARDED', 'flops_per_token', 'gpu_peak', 'mfu', 'measured_peak', 'Memory', 'estimate_memory']
 
-# %% ../nbs/05a_scale.ipynb #3078a8d7
+# %% ../nbs/05a_scale.ipynb #c9436f8a
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from .formats import UserError
 from .model import ModelConfig, count_parameters
 
-# %% ../nbs/05a_scale.ipynb #f9dff6f3
+# %% ../nbs/05a_scale.ipynb #2d098458
 def flops_per_token(c: ModelConfig, seq_len: int | None = None) -> int:
     """Floating-point operations of one training token, forward and backward: 6 N + 12 L H D T. (Chowdhery et al., 2022, appendix B)
 
@@ -22,7 +22,7 @@ def flops_per_token(c: ModelConfig, seq_len: int | None = None) -> int:
     matrices = parts["attention"] + parts["feed-forward"] + c.vocab_size * c.dim
     return 6 * matrices + 12 * c.n_layers * c.n_heads * c.head_dim * (seq_len or c.max_seq_len)
 
-# %% ../nbs/05a_scale.ipynb #94d9501a
+# %% ../nbs/05a_scale.ipynb #1adacb50
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "V100": 125e12, "T4": 65e12,
               "RTX 4090": 165e12, "RTX 3090": 71e12}     # dense bf16 (V100 and T4: fp16), tensor cores, from the data sheets
 
@@ -52,7 +52,7 @@ def measured_peak(size: int = 1024, repeats: int = 5, dtype: torch.dtype = torch
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 
-# %% ../nbs/05a_scale.ipynb #a460bf57
+# %% ../nbs/05a_scale.ipynb #09c04480
 @dataclass
 class Memory:
     "Bytes on one device, by part."

@@ -75,7 +75,7 @@ def notebooks() -> tuple[int, int]:
 
 def pytest() -> tuple[int, int]:
     "The tests of `tests/`."
-    done = run(sys.executable, "-m", "pytest", "tests", "-q", "--durations=8", limit=PYTEST_LIMIT, capture_output=True, text=True)
+    done = run(sys.executable, "-m", "pytest", "tests", "--durations=8", limit=PYTEST_LIMIT, capture_output=True, text=True)
     print(done.stdout[-12_000:], done.stderr[-4000:], sep="")
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?)", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")}
     failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
