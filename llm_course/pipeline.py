@@ -10,7 +10,7 @@ __all__ = ['LAPTOP', 'SMOKE', 'GPU', 'CLUSTER', 'FREE', 'SIZES', 'STAGES', 'SECT
            'run_pretrain', 'run_sft', 'run_reward', 'run_ppo', 'run_dpo', 'run_eval', 'environment', 'open_run',
            'run_stages', 'run_chain', 'collect', 'report', 'run_record']
 
-# %% ../nbs/10_pipeline.ipynb #02b21635
+# %% ../nbs/10_pipeline.ipynb #fd4e4239
 import copy
 import difflib
 import hashlib
@@ -51,7 +51,7 @@ from .tokenizer import Tokenizer, bytes_per_token, train_tokenizer
 from .trainer import Callback, Progress, TrainConfig, Trainer, autocast_of, checkpoints, make_accelerator, seed_all
 from .world import baselines, grade, inject_mess, instruction_rows, make_tasks, make_village, preference_rows, python_code, python_docs, sample_tasks, village_documents
 
-# %% ../nbs/10_pipeline.ipynb #da37e182
+# %% ../nbs/10_pipeline.ipynb #c346e81b
 LAPTOP = {
     "seed": 0,
     "data": {"people": 80, "village_bytes": 14_000_000, "docs_bytes": 2_000_000, "code_bytes": 2_000_000, "mess": 0.01,
@@ -111,7 +111,7 @@ def merged(base: dict, changes: dict, path: str = "") -> dict:
 
 SIZES = {"laptop": LAPTOP, "gpu": merged(LAPTOP, GPU), "cluster": merged(LAPTOP, CLUSTER), "smoke": merged(LAPTOP, SMOKE)}
 
-# %% ../nbs/10_pipeline.ipynb #bf1c508b
+# %% ../nbs/10_pipeline.ipynb #373159c9
 def parse_setting(text: str, base: dict) -> dict:
     "`a.b=value` as nested settings, the value read in the type that `base` has there. Raises UserError for unknown keys and wrong types."
     path, eq, raw = text.partition("=")
@@ -166,7 +166,7 @@ def _deep(change: dict, settings: dict) -> dict:
             return {section: {key: settings[section][key] | value}}
     return change
 
-# %% ../nbs/10_pipeline.ipynb #7e353e73
+# %% ../nbs/10_pipeline.ipynb #3b7ee8f3
 def train_config(settings: dict, stage: str, steps: int) -> TrainConfig:
     "The trainer's settings for a stage."
     known = {k: v for k, v in settings[stage].items() if k in ("batch_size", "micro_batch", "lr", "warmup", "weight_decay", "precision", "optimizer")}
@@ -174,7 +174,7 @@ def train_config(settings: dict, stage: str, steps: int) -> TrainConfig:
     constant = {"weight_decay": 0.0, "warmup": 0.05} if stage in ("ppo", "dpo") else {}
     return TrainConfig(**{"steps": max(1, steps), "seed": settings["seed"], "checkpoint_every": every, "log_every": 10 if steps > 100 else 1} | constant | known)
 
-# %% ../nbs/10_pipeline.ipynb #ae3440bf
+# %% ../nbs/10_pipeline.ipynb #0b3da7b9
 STAGES = {"prepare": ("corpus", ()), "tokenizer": ("tokenizer", ("prepare",)), "pretrain": ("base", ("prepare", "tokenizer")),
           "sft": ("sft", ("prepare", "tokenizer", "pretrain")), "reward": ("reward", ("prepare", "sft")),
           "ppo": ("ppo", ("prepare", "sft", "reward")), "dpo": ("dpo", ("prepare", "sft")),
@@ -231,7 +231,7 @@ def _wait_for_all() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         make_accelerator().wait_for_everyone()
 
-# %% ../nbs/10_pipeline.ipynb #e61a3cff
+# %% ../nbs/10_pipeline.ipynb #c9a0fb25
 TRAINING = ("pretrain", "sft", "reward", "ppo", "dpo")     # these resume from checkpoints, and run on all processes
 
 
@@ -268,7 +268,7 @@ def run_stage(run: Run, stage: str) -> bool:
     run.say(f"{stage}: finished in {time.perf_counter() - start:.0f} s")
     return True
 
-# %% ../nbs/10_pipeline.ipynb #6aeb712d
+# %% ../nbs/10_pipeline.ipynb #900d73fe
 def write_world(folder: Path, settings: dict) -> None:
     "The course's own raw files: documents of the village (with mess) and of this Python, instructions in two formats, pairs with votes."
     d, seed = settings["data"], settings["seed"]
@@ -329,7 +329,7 @@ class Gathered:
 
 OWN = ("village", "docs", "code")
 
-# %% ../nbs/10_pipeline.ipynb #455d5cb0
+# %% ../nbs/10_pipeline.ipynb #bb8f65ee
 def dataset_rows(spec: dict, n_bytes: int, local_dir: str = "") -> Iterator[tuple[str, dict]]:
     """Rows of a hub data set `{"name", "config", "split"}`, or of a local folder of that name, until `n_bytes` of JSON have been read.
 
@@ -375,7 +375,7 @@ def datasets_library():
     except ImportError:
         raise UserError('reading data sets of the hub needs the package datasets: pip install "llm_course[data]"') from None
 
-# %% ../nbs/10_pipeline.ipynb #343da7a8
+# %% ../nbs/10_pipeline.ipynb #96b0691d
 def _step(name: str, before: Sequence[dict], after: Sequence[dict], removed: dict[str, int]) -> dict:
     size = lambda docs: sum(len(d["text"].encode("utf-8", "surrogatepass")) for d in docs)
     return {"step": name, "documents_in": len(before), "documents_out": len(after), "bytes_in": size(before), "bytes_out": size(after), "removed": removed}
@@ -419,7 +419,7 @@ def injected_scores(before: Sequence[dict], cleaned: Sequence[dict], removed_ids
             scores[kind] = {"precision": sum(truth[i] == kind for i in taken) / max(1, len(taken)), "recall": sum(i in all_removed for i in there) / len(there), "n": len(there)}
     return scores
 
-# %% ../nbs/10_pipeline.ipynb #4a41d902
+# %% ../nbs/10_pipeline.ipynb #38e38b44
 def hold_out(docs: Sequence[dict], n: int, seed: int = 0) -> tuple[list[dict], list[dict]]:
     "Documents for training and, of each source, `n` (at most a tenth) for validation, chosen by a hash of seed and id."
     draw = lambda d: hashlib.sha256(f"{seed}-{d['source']}-{d['id']}".encode()).digest()
@@ -489,7 +489,7 @@ def prepare(run: Run, out: Path) -> dict:
 def _number(x: float) -> float | None:
     return None if x != x else round(float(x), 6)
 
-# %% ../nbs/10_pipeline.ipynb #c3983932
+# %% ../nbs/10_pipeline.ipynb #5fd62510
 def _texts(path: Path, source: str | None = None) -> list[str]:
     return [row["text"] for _, row in read_rows(path) if source in (None, row.get("source"))]
 
@@ -559,7 +559,7 @@ def run_pretrain(run: Run, out: Path) -> dict:
                          "tokens_per_second": round(read / trainer.n_steps / seconds, 1), "val_loss": trainer.history[-1].get("val_loss", losses[-1]["loss"]),
                          "bits_per_byte": {k: round(bits_per_byte(model, tokenizer, t), 4) for k, t in _held_out(run).items()}}}
 
-# %% ../nbs/10_pipeline.ipynb #8069aba2
+# %% ../nbs/10_pipeline.ipynb #5c9df60b
 def _rows(path: Path, what: str, remedy: str) -> list[dict]:
     if not path.stat().st_size:
         raise UserError(f"there are no {what} to learn from; {remedy}")
@@ -652,7 +652,7 @@ def run_dpo(run: Run, out: Path) -> dict:
         save_model(policy, out, tokenizer)
     return {"dpo": report}
 
-# %% ../nbs/10_pipeline.ipynb #f0b0cb85
+# %% ../nbs/10_pipeline.ipynb #0c9770fd
 MODELS = {"base": "pretrain", "sft": "sft", "ppo": "ppo", "dpo": "dpo"}
 
 
@@ -691,7 +691,7 @@ def _device() -> str:
 
 RUNNERS = {"prepare": prepare, "tokenizer": make_tokenizer, "pretrain": run_pretrain, "sft": run_sft, "reward": run_reward, "ppo": run_ppo, "dpo": run_dpo, "eval": run_eval}
 
-# %% ../nbs/10_pipeline.ipynb #a1e54a53
+# %% ../nbs/10_pipeline.ipynb #d333a220
 def environment() -> dict:
     "Versions and hardware, for the record of a run."
     names = ("llm_course", "torch", "numpy", "tokenizers", "accelerate", "safetensors")
