@@ -6,7 +6,7 @@
 __all__ = ['HELP', 'source_name', 'split_weight', 'with_sources', 'model_folder', 'fit_context', 'reply', 'chat', 'parser',
            'main']
 
-# %% ../nbs/10a_cli.ipynb #9626fbfb
+# %% ../nbs/10a_cli.ipynb #53ff9aa8
 import argparse
 import os
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .formats import UserError, data_files, disk_error, write_json
 
-# %% ../nbs/10a_cli.ipynb #ebd56d88
+# %% ../nbs/10a_cli.ipynb #6f27338a
 def source_name(path: str) -> str:
     "The name of a source: the file's or folder's name without its endings; `stdin` for `-`."
     return "stdin" if path == "-" else Path(path).resolve().name.split(".")[0] or Path(path).name
@@ -54,7 +54,7 @@ def with_sources(settings: dict, data: Sequence[str] = (), datasets: Sequence[st
         d["weights"][name] = weight
     return settings
 
-# %% ../nbs/10a_cli.ipynb #f5b15d47
+# %% ../nbs/10a_cli.ipynb #d21c0274
 def model_folder(path: str | Path, name: str | None = None) -> Path:
     "The model folder to talk to: `path` itself, or in a run the model `name` (default: the last of base, sft, ppo, dpo). Raises UserError."
     path = Path(path)
@@ -137,7 +137,7 @@ def _lines(path: Path) -> Iterator[str]:
         elif line:
             yield line
 
-# %% ../nbs/10a_cli.ipynb #d45e25f8
+# %% ../nbs/10a_cli.ipynb #1a6e7cdf
 HELP = {"run": "the whole chain, from raw documents to an aligned, evaluated chat model", "prepare": "read, clean, deduplicate, rank and mix the documents",
         "tokenizer": "train the tokenizer", "pretrain": "train the base model", "sft": "teach it to answer", "reward": "train the reward model",
         "ppo": "reinforcement learning against the reward model", "dpo": "learn from preferences directly", "eval": "ask all models the held-out questions",
@@ -180,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--seed", type=int, default=0)
     return p
 
-# %% ../nbs/10a_cli.ipynb #3590399f
+# %% ../nbs/10a_cli.ipynb #8d01f807
 def _chain(args: argparse.Namespace) -> None:
     "Run the stages that a command names."
     import json
@@ -195,7 +195,7 @@ def _chain(args: argparse.Namespace) -> None:
         print(json.dumps(settings or pipeline.open_run(out).settings, indent=1))
         return
     run = pipeline.open_run(out, settings, args.update, args.quiet)
-    stages = (args.stages.split(",") if args.stages else (*pipeline.STAGES, "report")) if args.command == "run" else [args.command]
+    stages = ([s.strip() for s in args.stages.split(",")] if args.stages else (*pipeline.STAGES, "report")) if args.command == "run" else [args.command]
     metrics = pipeline.run_stages(run, stages)
     if not args.quiet and pipeline.is_main() and "report" in stages:
         print("\n" + summary(metrics))

@@ -8,8 +8,7 @@ __all__ = ['wilson', 'rate', 'mean_interval', 'win_rate', 'paired_difference', '
 
 # %% ../nbs/09_evaluation.ipynb #04375ed4
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .evaluate import mean_interval, rate
-from .formats import DataError, UserError, read_rows
+from .formats import UserError, read_rows
 from .quality import cohen_kappa, parse_score
 
 # %% ../nbs/09b_judges.ipynb #c4267097

@@ -9,7 +9,7 @@ __all__ = ['ModelConfig', 'RMSNorm', 'make_norm', 'rope_tables', 'rotate', 'sinu
 # %% ../nbs/04_architecture.ipynb #ae1edd6e
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F

@@ -34,7 +34,7 @@ import torch
 from .cleaning import clean_documents, repair_scores
 from .dedup import decontaminate, deduplicate
 from .evaluate import accuracy_by_kind, ask, ask_tasks, gold_rewards, mean_interval, rate, sample_stories, sequence_kl, story_quality, win_rate
-from .formats import DataError, UserError, check_messages, data_files, detect_row, disk_error, new_folder, read_rows, to_messages, to_pair, write_json, write_jsonl
+from .formats import DataError, UserError, check_messages, data_files, detect_row, new_folder, read_rows, to_messages, to_pair, write_json, write_jsonl
 from .generate import Sampling
 from .hub import load_model, save_model
 from .mixing import mix

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 
 from .formats import read_rows
-from .hub import save_model
-from .model import ModelConfig, Transformer
+from .model import Transformer
 from .packing import TokenRows, packed_loss, stack_rows, write_tokens
 from .tokenizer import Tokenizer
-from .trainer import Callback, Evaluate, TrainConfig, Trainer, mean_loss, seed_all
+from .trainer import Callback, Evaluate, TrainConfig, Trainer, mean_loss
 
 # %% ../nbs/05_pretraining.ipynb #fdf7ca5a
 def tokenize_corpus(path: str | Path, tokenizer: Tokenizer, out: str | Path) -> dict:
