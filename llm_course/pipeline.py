@@ -89,7 +89,7 @@ CLUSTER = {"data": {"village_bytes": 60_000_000, "docs_bytes": 20_000_000, "code
                                  {"name": "HuggingFaceH4/ultrafeedback_binarized", "split": "train_prefs"}]},
            "tokenizer": {"vocab_size": 32_768, "sample_bytes": 1_000_000_000},
            "model": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4, "max_seq_len": 2048, "rope_theta": 100_000.0},
-           "pretrain": {"tokens": 2_500_000_000, "batch_size": 256, "micro_batch": 16, "lr": 1e-3}, "sft": {"batch_size": 64, "micro_batch": 16, "lr": 1e-4},
+           "pretrain": {"tokens": 2_500_000_000, "batch_size": 256, "micro_batch": 16, "lr": 1e-3, "optimizer": "adamw"}, "sft": {"batch_size": 64, "micro_batch": 16, "lr": 1e-4},
            "reward": {"batch_size": 64, "micro_batch": 16, "lr": 2e-5, "precision": "auto"},
            "ppo": {"updates": 200, "rollouts": 512, "batch_size": 128, "micro_batch": 16, "lr": 3e-6, "max_new_tokens": 256},
            "dpo": {"batch_size": 64, "micro_batch": 16, "lr": 1e-6, "precision": "auto"}, "eval": {"max_new_tokens": 128}}
