@@ -31,7 +31,8 @@ from pathlib import Path
 
 import torch
 
-from .cleaning import clean_documents, repair_scores
+from .cleaning import repair_scores
+from .filtering import clean_documents
 from .dedup import decontaminate, deduplicate
 from .evaluate import accuracy_by_kind, ask, ask_tasks, gold_rewards, mean_interval, rate, sample_stories, sequence_kl, story_quality, win_rate
 from .formats import DataError, UserError, check_messages, data_files, detect_row, new_folder, read_rows, to_messages, to_pair, write_json, write_jsonl
