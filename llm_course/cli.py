@@ -163,6 +163,15 @@ def parser() -> argparse.ArgumentParser:
         s.add_argument("--replace", action="store_true", help="use the data given instead of the course's own, not beside it")
         s.add_argument("--update", action="store_true", help="take over changed settings in an existing folder and repeat the stages that they touch")
         s.add_argument("--quiet", action="store_true", help="say nothing but errors")
+        if name in ("run", "prepare"):
+            g = s.add_argument_group("where the corpus is prepared (the result is the same)")
+            g.add_argument("--engine", default="local", help="local (default), processes, datatrove, slurm or ray")
+            g.add_argument("--tasks", type=int, default=1, help="into how many parts each stage is divided (default: 1)")
+            g.add_argument("--workers", type=int, default=0, help="how many of them run at the same time (default: as many as there are tasks and cores)")
+            g.add_argument("--partition", default="", help="of Slurm")
+            g.add_argument("--time", default="24:00:00", metavar="HH:MM:SS", help="limit of a task on Slurm or Ray (default: 24:00:00)")
+            g.add_argument("--mem-gb", type=int, default=4, help="memory of a task on Slurm or Ray (default: 4)")
+            g.add_argument("--setup", default="", metavar="COMMAND", help="what a Slurm job runs first, for instance: source .venv/bin/activate")
         if name == "run":
             s.add_argument("--stages", help="only these, separated by commas")
             s.add_argument("--show", action="store_true", help="print the settings and stop")
@@ -185,6 +194,7 @@ def _chain(args: argparse.Namespace) -> None:
     "Run the stages that a command names."
     import json
     from llm_course import pipeline
+    from llm_course.engines import Engine
     from llm_course.report import summary
     given = bool(args.size or args.changes or args.data or args.dataset or args.replace)
     out = Path(args.out or f"runs/{args.size or 'laptop'}")
@@ -194,7 +204,9 @@ def _chain(args: argparse.Namespace) -> None:
     if args.command == "run" and args.show:
         print(json.dumps(settings or pipeline.open_run(out).settings, indent=1))
         return
+    engine = Engine(args.engine, args.tasks, args.workers, args.partition, args.time, args.mem_gb, args.setup) if "engine" in args else Engine()
     run = pipeline.open_run(out, settings, args.update, args.quiet)
+    run.engine = engine
     stages = ([s.strip() for s in args.stages.split(",")] if args.stages else (*pipeline.STAGES, "report")) if args.command == "run" else [args.command]
     metrics = pipeline.run_stages(run, stages)
     if not args.quiet and pipeline.is_main() and "report" in stages:

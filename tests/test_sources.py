@@ -1,11 +1,13 @@
 """Data of the user's own: files of many kinds with weights, data sets with the schemas of the hub, real files."""
 import gzip
 import json
+from collections import Counter
 
 import pytest
 from conftest import llm_course
-from llm_course.formats import read_rows
-from llm_course.pipeline import SIZES, Gathered, dataset_rows, gather, merged
+from llm_course.formats import DataError, read_rows
+from llm_course.corpus import dataset_rows, list_inputs, sort_rows, sorted_rows, split, used_inputs, write_plan
+from llm_course.pipeline import SIZES, merged
 
 SMALL = ["--size", "smoke", "--set", "data.village_bytes=60000", "data.docs_bytes=30000", "data.code_bytes=30000", "data.budget_bytes=100000", "data.near_duplicate=0.9"]
 
@@ -63,11 +65,14 @@ def hub_copies(folder):
 def test_sets_of_the_larger_sizes(size, tmp_path):
     hub_copies(tmp_path)
     settings = merged(SIZES[size], {"data": {"local_dir": str(tmp_path)}})
-    (tmp_path / "raw").mkdir()
-    g = gather(tmp_path / "raw", settings)
-    assert (len(g.documents), len(g.conversations), len(g.pairs), g.dropped) == (50, 20, 20, [])
-    assert {d["source"] for d in g.documents} < set(settings["data"]["weights"])
-    assert g.pairs[0]["prompt"] == [{"role": "user", "content": "Say 0"}] and g.pairs[0]["chosen"] == [{"role": "assistant", "content": "0"}]
+    work, d = tmp_path / "work", settings["data"]
+    write_plan(work, list_inputs(tmp_path / "raw", d["files"], d["datasets"]), d, [])
+    split(work)
+    assert [len(list(sorted_rows(work, kind))) for kind in ("conversations", "pairs", "dropped")] == [20, 20, 0]
+    infos = [json.loads((f / "info.json").read_text()) for f in used_inputs(work, "documents")]
+    assert sum(i["counts"]["documents"] for i in infos) == 50 and {i["source"] for i in infos} < set(d["weights"])
+    pair = next(sorted_rows(work, "pairs"))
+    assert pair["prompt"] == [{"role": "user", "content": "Say 0"}] and pair["chosen"] == [{"role": "assistant", "content": "0"}]
 
 
 def test_a_dataset_is_cut_at_its_budget(tmp_path):
@@ -90,13 +95,11 @@ def test_real_files_go_through(testdata):
     for folder, kind in (("instruct", "conversations"), ("pref", "pairs")):
         for path in sorted((testdata / folder).rglob("*")):
             if path.is_file() and path.suffix in (".json", ".jsonl", ".gz", ".parquet"):
-                g = Gathered()
                 try:
-                    g.add(path.stem, read_rows(path))
-                except Exception as e:
-                    assert type(e).__name__ == "DataError", (path, e)
+                    kinds = Counter(kind for kind, _ in sort_rows(read_rows(path), path.stem))
+                except DataError:
                     continue
-                n = len(g.documents) + len(g.conversations) + len(g.pairs)
-                assert n + len(g.dropped) and n >= 0.5 * (n + len(g.dropped)), (path.name, n, g.dropped[:2])
+                n = kinds.total() - kinds["dropped"]
+                assert kinds.total() and n >= 0.5 * kinds.total(), (path.name, kinds)
                 used += 1
     assert used >= 5
