@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGINES', 'Engine', 'Step', 'executors', 'slurm_chain', 'run_tasks', 'die_once', 'clean_batch']
 
-# %% ../nbs/02e_engines.ipynb #17971101
+# %% ../nbs/02e_engines.ipynb #361a7243
 import os
 import shlex
 import signal
@@ -22,7 +22,7 @@ from pathlib import Path
 from .filtering import clean_documents
 from .formats import UserError
 
-# %% ../nbs/02e_engines.ipynb #49232125
+# %% ../nbs/02e_engines.ipynb #1da0ef68
 ENGINES = ("local", "processes", "datatrove", "slurm", "ray")
 
 
@@ -103,7 +103,7 @@ def _pool(name: str, call: Callable, arguments: list[tuple], workers: int, logs:
                 _end_group(pid)
             raise
 
-# %% ../nbs/02e_engines.ipynb #769240fb
+# %% ../nbs/02e_engines.ipynb #40879e44
 class Step:
     "A stage as a step of datatrove's pipeline."
 
@@ -135,7 +135,7 @@ def _local_rank(work: Callable, name: str, rank: int, tasks: int, logs: Path) ->
     "One task by datatrove's local executor, in this process."
     executors().LocalPipelineExecutor([Step(work, name)], tasks, 1, _marks(logs, name, tasks), local_tasks=1, local_rank_offset=rank).run()
 
-# %% ../nbs/02e_engines.ipynb #7e8f44c1
+# %% ../nbs/02e_engines.ipynb #e323c1f3
 def slurm_chain(stages: Iterable[tuple[str, Callable, bool]], engine: Engine, logs: Path) -> list:
     "One `SlurmPipelineExecutor` a stage, each depending on the one before; running the last submits all that are not finished."
     chain, setup = [], engine.setup or f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
@@ -192,7 +192,7 @@ def _run_ray(name: str, work: Callable, tasks: int, engine: Engine, logs: Path) 
     if missing := executor.get_incomplete_ranks():
         raise UserError(f"{len(missing)} of {tasks} tasks of the stage {name} failed; their messages are below {_marks(logs, name, tasks)}. Run the same command again to repeat them")
 
-# %% ../nbs/02e_engines.ipynb #1a2d82c6
+# %% ../nbs/02e_engines.ipynb #ae3fb4cc
 def run_tasks(stages: Iterable[tuple[str, Callable[[int, int], None], bool]], engine: Engine = Engine(), logs: Path = Path("logs"),
               say: Callable[[str], None] = lambda text: None, every: float = 5.0) -> None:
     """Run stages `(name, work(rank, world), divided)` one after the other; an undivided one is a single task.
@@ -218,7 +218,7 @@ def run_tasks(stages: Iterable[tuple[str, Callable[[int, int], None], bool]], en
             _run_ray(name, work, tasks, engine, logs)
         say(f"{name}: {tasks} task{'s' * (tasks > 1)} in {time.perf_counter() - start:.1f} s")
 
-# %% ../nbs/02e_engines.ipynb #931dd994
+# %% ../nbs/02e_engines.ipynb #fc79558d
 def die_once(stage: Callable, work: Path, rank: int, world: int) -> None:
     "For tests: the stage, in a worker that is killed (signal 9) beside a half-written shard, the first time that task 1 of it runs."
     mark = work / "died"
@@ -230,7 +230,7 @@ def die_once(stage: Callable, work: Path, rank: int, world: int) -> None:
         os.kill(os.getpid(), 9)
     stage(work, rank, world)
 
-# %% ../nbs/02e_engines.ipynb #1894516f
+# %% ../nbs/02e_engines.ipynb #7bb34a78
 def clean_batch(batch: dict[str, list]) -> dict[str, list]:
     """`clean_documents` for `datasets.Dataset.map(clean_batch, batched=True, remove_columns=…)`: columns `text`, `id` and `source` in and out.
 
