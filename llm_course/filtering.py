@@ -64,7 +64,7 @@ def word_tags(text: str, words: Sequence[str]) -> dict[str, float]:
             "alphabetic_words": _share(sum(w.isalpha() or any(map(str.isalpha, w)) for w in words), n),
             "stop_words": len(STOP_WORDS.intersection(words)), "distinct_words": _share(len(set(words)), n)}
 
-# %% ../nbs/02_filtering.ipynb #d9f6e840
+# %% ../nbs/02_filtering.ipynb #6ed0496b
 def _repeats(items: Sequence[str]) -> tuple[int, int]:
     "How many items occurred before, and their characters."
     unique = set(items)
@@ -82,19 +82,22 @@ def _top_gram_chars(words: Sequence[str], n: int) -> int:
 
 def _dup_gram_chars(words: Sequence[str]) -> dict[int, int]:
     "Characters in repeated n-grams, n = 5 … 10. Places of repeated n+1-grams are among those of repeated n-grams."
-    words, ends = tuple(words), [0, *accumulate(map(len, words))]
-    places, found = range(len(words)), {}
-    for n in range(5, 11):
-        grams = [(i, words[i:i + n]) for i in places if i + n <= len(words)]
-        counts = Counter(gram for _, gram in grams)
-        grams = [(i, gram) for i, gram in grams if counts[gram] > 1] if len(counts) < len(grams) else []
-        seen, chars, free = set(), 0, 0
-        for i, gram in grams:
-            if i >= free and gram in seen:
-                chars, free = chars + ends[i + n] - ends[i], i + n
+    words, ends, found = tuple(words), [0, *accumulate(map(len, words))], dict.fromkeys(range(5, 11), 0)
+    places, keys = range(len(words) - 4), list(zip(*(words[i:] for i in range(5))))
+    for n in found:
+        counts = Counter(keys)
+        if len(counts) == len(keys):                             # nothing is repeated, and so nothing longer is
+            break
+        again = [(i, key) for i, key in zip(places, keys) if counts[key] > 1]
+        seen, free = set(), 0
+        for i, key in again:
+            if i >= free and key in seen:
+                found[n], free = found[n] + ends[i + n] - ends[i], i + n
             elif i >= free:
-                seen.add(gram)
-        found[n], places = chars, [i for i, _ in grams]
+                seen.add(key)
+        number = {key: j for j, key in enumerate(counts)}        # an n+1-gram is the number of its n-gram, and a word
+        again = [(i, key) for i, key in again if i + n < len(words)]
+        places, keys = [i for i, _ in again], [(number[key], words[i + n]) for i, key in again]
     return found
 
 # %% ../nbs/02_filtering.ipynb #c90962fb
