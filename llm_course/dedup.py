@@ -306,7 +306,7 @@ def hamming(a: int, b: int) -> int:
     "Number of bits in which two SimHashes differ."
     return bin(a ^ b).count("1")
 
-# %% ../nbs/02a_dedup.ipynb #a75cb9df
+# %% ../nbs/02a_dedup.ipynb #30499b88
 def _distances(codes: np.ndarray, code: np.uint64) -> np.ndarray:
     "Number of bits in which each code differs from one: uint64 [N] -> int64 [N]."
     return np.unpackbits((codes ^ code).view(np.uint8).reshape(-1, 8), axis=1).sum(1, dtype=np.int64)
@@ -330,7 +330,7 @@ def simhash_pairs(codes: Sequence[int], distance: int = 3) -> list[tuple[int, in
                 found |= {(i, j): n for j, n in zip(group[k + 1:].tolist(), bits.tolist()) if n <= distance}
     return sorted((i, j, n) for (i, j), n in found.items())
 
-# %% ../nbs/02a_dedup.ipynb #dd6567ba
+# %% ../nbs/02a_dedup.ipynb #0b5ca3dc
 def containment(a: np.ndarray, b: np.ndarray) -> float:
     "Share of the smaller of two arrays of distinct hashes that lies in the other, 0 to 1; 0.0 when one is empty. (Broder, 1997)"
     both = np.sort(np.concatenate([a, b]))
@@ -406,7 +406,7 @@ class NgramIndex:
                 best[i] = max(best.get(i, (0, 0, 0)), run, key=lambda r: r[2])
         return best
 
-# %% ../nbs/02a_dedup.ipynb #8b16aadc
+# %% ../nbs/02a_dedup.ipynb #ddd4d243
 def _joined(words: Iterable[bytes]) -> str:
     return b" ".join(words).decode("utf-8", "surrogatepass")
 
@@ -452,7 +452,7 @@ def lined_up(row: dict) -> str:
     left = max(row[k].index("[") for k in ("document", "evaluation"))
     return "\n".join(f"{k:>10}  {' ' * (left - row[k].index('['))}{row[k]}" for k in ("document", "evaluation"))
 
-# %% ../nbs/02a_dedup.ipynb #2cebe6d4
+# %% ../nbs/02a_dedup.ipynb #01fa816f
 def decontaminate(docs: Sequence[dict], eval_texts: Iterable[str], n: int = 13, min_words: int = 8) -> tuple[list[dict], dict]:
     """Remove the documents that share a word n-gram with an evaluation text.
 
