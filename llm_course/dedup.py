@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['normalise', 'text_digest', 'exact_duplicates', 'drop_repeated_lines', 'words_of', 'shingles', 'jaccard', 'minhash',
            'lsh_probability', 'band_keys', 'signatures', 'candidate_groups', 'match_signatures', 'near_duplicates',
-           'simhash', 'hamming', 'deduplicate', 'NgramIndex', 'contamination', 'decontaminate']
+           'simhash', 'hamming', 'simhash_pairs', 'containment', 'deduplicate', 'NgramIndex', 'contamination',
+           'lined_up', 'decontaminate']
 
 # %% ../nbs/02a_dedup.ipynb #ad85b0b5
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -305,6 +306,36 @@ def hamming(a: int, b: int) -> int:
     "Number of bits in which two SimHashes differ."
     return bin(a ^ b).count("1")
 
+# %% ../nbs/02a_dedup.ipynb #30499b88
+def _distances(codes: np.ndarray, code: np.uint64) -> np.ndarray:
+    "Number of bits in which each code differs from one: uint64 [N] -> int64 [N]."
+    return np.unpackbits((codes ^ code).view(np.uint8).reshape(-1, 8), axis=1).sum(1, dtype=np.int64)
+
+
+def simhash_pairs(codes: Sequence[int], distance: int = 3) -> list[tuple[int, int, int]]:
+    """All pairs of SimHashes that differ in at most `distance` bits: a sorted list of (i, j, bits) with i < j.
+
+    Complete: two such hashes agree in one of `distance` + 1 blocks of bits. Time grows with the square of the number of hashes that share a
+    block, so keep `distance` small. Raises UserError for a distance outside 0 to 63. (Manku, Jain & Das Sarma, 2007)"""
+    if not 0 <= distance < 64:
+        raise UserError(f"distance={distance}: must be 0 to 63 bits")
+    x, edges, found = np.array(codes, np.uint64), np.linspace(0, 64, distance + 2).astype(int).tolist(), {}
+    blocks = [(x >> np.uint64(low)) & np.uint64((1 << high - low) - 1) for low, high in zip(edges, edges[1:])]
+    groups = candidate_groups(np.stack(blocks, axis=1))
+    for column in groups.T:
+        order = np.argsort(column, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(column[order])) + 1):
+            for k, i in enumerate(group.tolist() if len(group) and column[group[0]] >= 0 else []):
+                bits = _distances(x[group[k + 1:]], x[i])
+                found |= {(i, j): n for j, n in zip(group[k + 1:].tolist(), bits.tolist()) if n <= distance}
+    return sorted((i, j, n) for (i, j), n in found.items())
+
+# %% ../nbs/02a_dedup.ipynb #0b5ca3dc
+def containment(a: np.ndarray, b: np.ndarray) -> float:
+    "Share of the smaller of two arrays of distinct hashes that lies in the other, 0 to 1; 0.0 when one is empty. (Broder, 1997)"
+    both = np.sort(np.concatenate([a, b]))
+    return int((both[1:] == both[:-1]).sum()) / min(len(a), len(b)) if len(a) and len(b) else 0.0
+
 # %% ../nbs/02a_dedup.ipynb #82a422fe
 def _report(docs: Sequence[dict], kept: Sequence[dict], removed_ids: dict[str, list], **more) -> dict:
     removed = {rule: len(ids) for rule, ids in removed_ids.items()}
@@ -346,36 +377,87 @@ class NgramIndex:
     def _hashes(self, words: list[bytes], size: int) -> np.ndarray:
         return _rolling(np.fromiter(map(self._table.__getitem__, words), np.uint64, len(words)), size)
 
-    def matches(self, text: str) -> dict[int, str]:
-        "Index of each evaluation text that shares an n-gram with `text` -> the first such n-gram."
-        words, found = words_of(text), {}
+    def _hits(self, words: list[bytes]) -> Iterator[tuple[int, int, int, int]]:
+        "Each shared n-gram once: evaluation text, place in `words`, place in that text, number of words."
         for size, known in self._known.items():
             if len(words) < size:
                 continue
             hashes = self._hashes(words, size)
             hits = np.flatnonzero(_contains(known, hashes))
-            for at in np.sort(hits[np.unique(hashes[hits], return_index=True)[1]]).tolist():  # each n-gram once
+            for at in np.sort(hits[np.unique(hashes[hits], return_index=True)[1]]).tolist():
                 for i, start in self._places[size][hashes[at].item()].items():
                     if self.words[i][start:start + size] == words[at:at + size]:  # not merely the same hash
-                        found.setdefault(i, b" ".join(words[at:at + size]).decode("utf-8", "surrogatepass"))
+                        yield i, at, start, size
+
+    def matches(self, text: str) -> dict[int, str]:
+        "Index of each evaluation text that shares an n-gram with `text` -> the first such n-gram."
+        words, found = words_of(text), {}
+        for i, at, _, size in self._hits(words):
+            found.setdefault(i, _joined(words[at:at + size]))
         return found
 
+    def runs(self, text: str) -> dict[int, tuple[int, int, int]]:
+        "Index of each evaluation text that shares an n-gram -> the longest run of common words: its place in `text`, in that text, its length."
+        words, best, done = words_of(text), {}, {}
+        for i, at, start, size in self._hits(words):
+            if at + size > done.get((i, at - start), 0):  # else it lies in a run that was measured already
+                run = _extended(words, self.words[i], at, start, size)
+                done[i, at - start] = run[0] + run[2]
+                best[i] = max(best.get(i, (0, 0, 0)), run, key=lambda r: r[2])
+        return best
+
+# %% ../nbs/02a_dedup.ipynb #ddd4d243
+def _joined(words: Iterable[bytes]) -> str:
+    return b" ".join(words).decode("utf-8", "surrogatepass")
+
+
+def _extended(a: list[bytes], b: list[bytes], i: int, j: int, size: int) -> tuple[int, int, int]:
+    "The longest run of common words around a[i:i + size] == b[j:j + size]: its place in a, in b, and its length."
+    while i and j and a[i - 1] == b[j - 1]:
+        i, j, size = i - 1, j - 1, size + 1
+    while i + size < len(a) and j + size < len(b) and a[i + size] == b[j + size]:
+        size += 1
+    return i, j, size
+
 # %% ../nbs/02a_dedup.ipynb #77d2cd76
+def _around(words: list[bytes], at: int, size: int, context: int = 8) -> str:
+    "The run in square brackets, with up to `context` words on either side; long runs are shortened in the middle."
+    run = words[at:at + size]
+    run = run if size <= 40 else [*run[:20], "…".encode(), *run[-20:]]
+    left, right = words[max(0, at - context):at], words[at + size:at + size + context]
+    return " ".join(filter(None, ["…" if at > context else "", _joined(left), f"[{_joined(run)}]", _joined(right), "…" if at + size + context < len(words) else ""]))
+
+
 def _overlaps(docs: Iterable[dict], index: NgramIndex) -> list[dict]:
-    return [{"id": d["id"], "eval": i, "ngram": ngram} for d in docs for i, ngram in sorted(index.matches(d["text"]).items())]
+    rows = []
+    for d in docs:
+        found = index.matches(d["text"])
+        runs, words = (index.runs(d["text"]), words_of(d["text"])) if found else ({}, [])
+        for i, (at, start, size) in sorted(runs.items()):
+            rows.append({"id": d["id"], "eval": i, "ngram": found[i], "words": size, "of": len(index.words[i]),
+                         "document": _around(words, at, size), "evaluation": _around(index.words[i], start, size)})
+    return rows
 
 
 def contamination(docs: Iterable[dict], eval_texts: Iterable[str], n: int = 13, min_words: int = 8) -> list[dict]:
-    """Overlaps of documents with evaluation texts, one row for each pair: `{"id": of the document, "eval": index of the text, "ngram": the
-    first shared run of words}`. Settings as in `NgramIndex`. (Brown et al., 2020, use n = 13.)"""
+    """Overlaps of documents with evaluation texts, one row for each pair. Settings as in `NgramIndex`. (Brown et al., 2020, use n = 13.)
+
+    A row: `id` of the document, `eval` index of the text, `ngram` the first shared n-gram, `words` in the longest common run, `of` how many
+    of the evaluation text, and that run in square brackets within the `document` and within the `evaluation` text."""
     return _overlaps(docs, NgramIndex(eval_texts, n, min_words))
 
 
+def lined_up(row: dict) -> str:
+    "A row of `contamination` as two lines, the common run one above the other."
+    left = max(row[k].index("[") for k in ("document", "evaluation"))
+    return "\n".join(f"{k:>10}  {' ' * (left - row[k].index('['))}{row[k]}" for k in ("document", "evaluation"))
+
+# %% ../nbs/02a_dedup.ipynb #01fa816f
 def decontaminate(docs: Sequence[dict], eval_texts: Iterable[str], n: int = 13, min_words: int = 8) -> tuple[list[dict], dict]:
     """Remove the documents that share a word n-gram with an evaluation text.
 
-    The report has the shape of `deduplicate`'s, with the rule `contaminated`, the `overlaps` found, and `skipped`, the number of
-    evaluation texts too short to be looked for."""
+    The report has the shape of `deduplicate`'s, with the rule `contaminated`, the `overlaps` found (rows of `contamination`), and `skipped`,
+    the number of evaluation texts too short to be looked for."""
     _check_ids(docs)
     index = NgramIndex(eval_texts, n, min_words)
     rows = _overlaps(docs, index)

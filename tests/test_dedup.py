@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_course import dedup
-from llm_course.dedup import (candidate_groups, contamination, deduplicate, drop_repeated_lines, exact_duplicates, hamming, jaccard, match_signatures,
-                              near_duplicates, normalise, shingles, signatures, simhash, text_digest, words_of)
+from llm_course.dedup import (candidate_groups, containment, contamination, decontaminate, deduplicate, drop_repeated_lines, exact_duplicates, hamming,
+                              jaccard, lined_up, lsh_probability, match_signatures, near_duplicates, normalise, shingles, signatures, simhash,
+                              simhash_pairs, text_digest, words_of)
 
 
 def corpus(n: int, copies: int, seed: int = 0, words: int = 150) -> list[dict]:
@@ -81,7 +81,17 @@ def test_arbitrary_text(raw):
         assert normalise(normalise(t)) == normalise(t) and len(text_digest(t)) == 16
         assert 0 <= simhash(t) < 2**64 and hamming(simhash(t), simhash(t)) == 0
         assert jaccard(shingles(t), shingles(t)) == bool(words_of(t))
-    exact_duplicates(docs), contamination(docs, raw, n=3, min_words=1)
+        assert containment(shingles(t), shingles(t + " more")) >= jaccard(shingles(t), shingles(t + " more"))
+    codes = [simhash(t) for t in raw]
+    assert simhash_pairs(codes, 5) == [(i, j, hamming(x, y)) for i, x in enumerate(codes) for j, y in enumerate(codes) if i < j and hamming(x, y) <= 5]
+    exact_duplicates(docs)
+    found = contamination(docs, raw, n=3, min_words=1)
+    assert {(r["id"], r["eval"]) for r in found} >= {(i, i) for i, t in enumerate(raw) if words_of(t)}
+    for row in found:
+        document, evaluation = lined_up(row).split("\n")
+        assert row["ngram"] and document.index("[") == evaluation.index("[") and row["words"] <= row["of"]
+        assert row["document"][row["document"].index("["):row["document"].index("]")] == row["evaluation"][row["evaluation"].index("["):row["evaluation"].index("]")]
+    assert decontaminate(decontaminate(docs, raw, 3, 1)[0], raw, 3, 1)[1]["removed"] == {"contaminated": 0}
 
 
 @pytest.mark.parametrize("unit", ["a ", "<", "\\", "((", "{", "\n", "é", "<a ", "a", "\n \n", "word word\n\n"])
@@ -89,7 +99,57 @@ def test_time_grows_with_the_size(unit):
     def seconds(size):
         doc = [{"id": 0, "text": unit * (size // len(unit))}]
         start = time.perf_counter()
-        deduplicate(doc * 1), drop_repeated_lines(doc, unit="paragraph"), drop_repeated_lines(doc), contamination(doc, ["a " * 50]), simhash(doc[0]["text"])
+        deduplicate(doc), near_duplicates(doc + [doc[0] | {"id": 1}]), drop_repeated_lines(doc, unit="paragraph"), drop_repeated_lines(doc)
+        contamination(doc, ["a " * 50, unit * 1000]), simhash(doc[0]["text"])
         return time.perf_counter() - start
     small, large = (min(seconds(n) for _ in range(2)) for n in (1_000_000, 2_000_000))
     assert small < 4 and large < 3.5 * small + 0.2
+
+
+def test_datasketch_finds_the_same_pairs(docs):
+    datasketch = pytest.importorskip("datasketch")
+    bands, rows, sets = 14, 8, [shingles(d["text"]) for d in docs]
+    index, theirs = datasketch.MinHashLSH(num_perm=bands * rows, params=(bands, rows)), set()
+    for i, d in enumerate(docs):
+        words, sketch = words_of(d["text"]), datasketch.MinHash(num_perm=bands * rows)
+        sketch.update_batch({b" ".join(words[k:k + 5]) for k in range(len(words) - 4)})
+        theirs |= {(j, i) for j in index.query(sketch)}
+        index.insert(i, sketch)
+    groups = candidate_groups(signatures([d["text"] for d in docs], 5, bands, rows))
+    ours = {(j, i) for b in range(bands) for i in range(len(docs)) if groups[i, b] >= 0 for j in np.flatnonzero(groups[:i, b] == groups[i, b]).tolist()}
+    holders = {}
+    for i, hashes in enumerate(sets):
+        for h in hashes.tolist():
+            holders.setdefault(h, []).append(i)
+    # every pair with a common shingle, by exact Jaccard similarity, is the judge
+    similarity = {p: jaccard(sets[p[0]], sets[p[1]]) for p in {(j, i) for h in holders.values() for i in h for j in h if j < i}}
+    near, expected = [p for p, s in similarity.items() if s >= 0.8], {p: lsh_probability(s, bands, rows) for p, s in similarity.items()}
+    assert len(near) > 250
+    for found in (ours, theirs):
+        assert sum(similarity.get(p, 0) >= 0.5 for p in found) >= 0.98 * len(found)
+        assert len(found & set(near)) / len(near) > sum(expected[p] for p in near) / len(near) - 0.03
+        assert abs(len(found) - sum(expected.values())) < 4 * sum(e * (1 - e) for e in expected.values()) ** 0.5 + 1
+
+
+def test_simhash_pairs_are_complete(docs):
+    codes = [simhash(d["text"]) for d in docs[:500]]
+    for distance in (0, 3, 6):
+        assert simhash_pairs(codes, distance) == [(i, j, n) for i in range(500) for j in range(i + 1, 500) if (n := hamming(codes[i], codes[j])) <= distance]
+
+
+def test_articles_with_planted_copies(testdata):
+    lines = (testdata / "neardup/articles_1000.train").read_text(encoding="utf-8").splitlines()
+    truth = {tuple(sorted(x.split())) for x in (testdata / "neardup/articles_1000.truth").read_text().splitlines()}
+    docs = [{"id": i, "text": t} for i, t in (x.split(" ", 1) for x in lines)]
+    for settings_ in ({}, {"threshold": 0.5, "bands": 40, "rows": 4}):
+        assert {tuple(sorted(p)) for p in near_duplicates(docs, **settings_).items()} == truth
+
+
+def test_cs336_fixtures(testdata):
+    read = lambda name: {p.stem: p.read_text(encoding="utf-8") for p in sorted((testdata / "neardup/cs336" / name).glob("*.txt"))}
+    kept, _ = drop_repeated_lines([{"id": k, "text": v} for k, v in read("documents_with_line_duplicates").items()], keep="none", min_words=1)
+    ours = {d["id"]: d["text"] for d in kept}
+    for name, text in read("documents_line_deduplicated").items():
+        assert ours.get(name, "").split() == text.split()
+    dropped = near_duplicates([{"id": k, "text": v} for k, v in read("documents_with_fuzzy_duplicates").items()])
+    assert [sorted(p) for p in dropped.items()] == [["rails_mit_license", "react_mit_license"]]
