@@ -78,3 +78,13 @@ def test_no_function_is_too_long():
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50:
                 long.append(f"{path.name}:{node.name}")
     assert not long
+
+
+def test_records_name_their_command():
+    "Each record says what it is and how it was made; a script that it names is in the repository; no record is large, none holds texts."
+    for path in sorted((ROOT / "data" / "runs").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert record.get("command"), path.name
+        for script in re.findall(r"benchmarks/\w+\.py", record["command"]):
+            assert (ROOT / script).exists(), (path.name, script)
+        assert path.stat().st_size < 200_000, path.name
