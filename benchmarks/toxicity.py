@@ -51,6 +51,13 @@ def hatecheck(data, score, threshold: float) -> dict:
             "right_where_annotators": {"all agree": right(unanimous), "disagree": right(~unanimous)}}
 
 
+def rounded(value):
+    "Figures to four decimals, thresholds excepted: the record stays small."
+    if isinstance(value, dict):
+        return {str(k): v if k == "threshold" else rounded(v) for k, v in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def main():
     options = arguments(__doc__)
     data = testdata()
@@ -84,7 +91,7 @@ def main():
     toxic = {name: {"n": len(labels), "toxic": int(labels.sum())} for name, (_, labels) in labelled.items()}
     if options.save:
         save("toxicity", "toxicity detectors on test parts of Davidson and Surge and on HateCheck; thresholds from development parts; 95 % intervals",
-             {"sets": toxic, "detectors": out}, ("scikit-learn", "alt-profanity-check"))
+             rounded({"sets": toxic, "detectors": out}), ("scikit-learn", "alt-profanity-check"))
 
 
 if __name__ == "__main__":

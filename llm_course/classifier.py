@@ -85,7 +85,8 @@ class QualityClassifier:
             model.offset, model.scale, model.shift = (float(settings[k]) for k in ("offset", "scale", "shift"))
             model.weights = load_file(Path(folder, "weights.safetensors"))["weights"]
         except Exception as e:  # safetensors has its own error class, JSON another
-            raise DataError(f"no quality classifier: {type(e).__name__}: {e}", folder, remedy="Give a folder written by QualityClassifier.save") from None
+            problem = f"no quality classifier: {type(e).__name__}: {e}"
+            raise DataError(problem, folder, remedy="Give a folder written by QualityClassifier.save") from None
         if model.weights.shape != (1 << model.bits,):
             raise DataError(f"{model.weights.shape} weights for bits={model.bits}", folder, remedy="The two files do not belong together")
         return model

@@ -6,7 +6,7 @@
 __all__ = ['RUBRIC', 'judge_prompt', 'parse_score', 'judge_rows', 'length_bias', 'ChatEndpoint', 'position_bias',
            'select_diverse']
 
-# %% ../nbs/02b_instructions.ipynb #1d575222
+# %% ../nbs/02b_instructions.ipynb #50c17ba5
 import http.client
 import json
 import math
@@ -25,7 +25,7 @@ import numpy as np
 from .formats import UserError
 from .quality import lm_tokens, spearman
 
-# %% ../nbs/02b_instructions.ipynb #ed747ea9
+# %% ../nbs/02b_instructions.ipynb #dc313e56
 RUBRIC = """Rate the answer to the instruction on a scale from 1 (useless) to 5 (excellent).
 An excellent answer is correct, complete, follows the wishes about form, and contains nothing that does not belong there.
 Reply with a short reason and the score in double brackets, for example [[3]].
@@ -39,7 +39,7 @@ def judge_prompt(row: dict, rubric: str = RUBRIC) -> str:
     shown = "\n".join(f"[{m['role']}]\n{m['content']}\n" for m in row["messages"])
     return rubric.replace("{conversation}", shown)  # not str.format: rubrics and rows may contain braces
 
-# %% ../nbs/02b_instructions.ipynb #5fbaf529
+# %% ../nbs/02b_instructions.ipynb #e790d312
 _SCORES = (re.compile(r"\[\[\s{0,9}(\d+(?:\.\d+)?)\s{0,9}\]\]"),
            re.compile(r"\b(?:score|rating)\b[^\w-]{0,20}(?:(?:from )?\d+ ?(?:-|–|to) ?\d+[^\w-]{0,20})?(?:is|of|- )?[^\w-]{0,20}(-?\d+(?:\.\d+)?)", re.IGNORECASE),
            re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s{0,9}(?:/|out of)\s{0,9}5\b"),
@@ -55,7 +55,7 @@ def parse_score(text: str, low: float = 1, high: float = 5) -> float | None:
             return float(found[-1]) if low <= float(found[-1]) <= high else None
     return None
 
-# %% ../nbs/02b_instructions.ipynb #4ec673cd
+# %% ../nbs/02b_instructions.ipynb #53e30591
 def judge_rows(rows: Sequence[dict], judge: Callable[[str], str], min_score: float = 4, keep_unparsed: bool = True,
                rubric: str = RUBRIC) -> tuple[list[dict], dict]:
     """Keep the conversations to which `judge` (prompt -> text) gives at least `min_score`, each with its `score`.
@@ -88,7 +88,7 @@ def length_bias(rows: Sequence[dict], scores: Sequence[float | None]) -> float:
 def _length(answer: str | Sequence[dict]) -> int:
     return len(answer) if isinstance(answer, str) else sum(len(m["content"]) for m in answer if m["role"] == "assistant")
 
-# %% ../nbs/02b_instructions.ipynb #11ece8ca
+# %% ../nbs/02b_instructions.ipynb #3e157de7
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args):
         return None  # a redirect would carry the key to another place
@@ -116,7 +116,8 @@ class ChatEndpoint:
             raise UserError(f"url={self.url!r}: must be an http or https address, e.g. http://localhost:8000/v1")
         if key and address.scheme == "http" and address.hostname not in ("localhost", "127.0.0.1", "::1"):
             raise UserError(f"{self.url}: the key in {self.key_variable} would travel unencrypted; use https, or unset the variable")
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": self.temperature, "max_tokens": self.max_tokens}
+        messages = [{"role": "user", "content": prompt}]
+        body = {"model": self.model, "messages": messages, "temperature": self.temperature, "max_tokens": self.max_tokens}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         return urllib.request.Request(self.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
 
@@ -148,7 +149,7 @@ def _reply(raw: bytes, url: str) -> str:
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{url} answered with no chat completion: {raw[:200]!r}. Does the address end before /chat/completions?") from None
 
-# %% ../nbs/02b_instructions.ipynb #b17757a0
+# %% ../nbs/02b_instructions.ipynb #561ed470
 def position_bias(forward: Sequence[str], backward: Sequence[str]) -> dict:
     """Verdicts on pairs in both orders: the share that is `consistent`, and that favours the `first` or the `second` place both times.
 
@@ -161,7 +162,7 @@ def position_bias(forward: Sequence[str], backward: Sequence[str]) -> dict:
     consistent = sum(k for (f, b), k in both.items() if other.get(f, "tie") == (b if b in other else "tie"))
     return {"consistent": consistent / n, "first": both["A", "A"] / n, "second": both["B", "B"] / n, "n": n}
 
-# %% ../nbs/02b_instructions.ipynb #d6a27968
+# %% ../nbs/02b_instructions.ipynb #332722f6
 def _parts(text: str) -> frozenset:
     "Words and word pairs of a text."
     words = lm_tokens(text)

@@ -150,7 +150,8 @@ def _scored(score: Score, texts: Sequence[str]) -> np.ndarray:
     "The scores as an array. Raises UserError unless there is one number a text and none is nan."
     values = np.asarray(score(texts), float)
     if values.shape != (len(texts),) or np.isnan(values).any():
-        raise UserError(f"score gave {values.shape} values, {int(np.isnan(values).sum())} of them nan, for {len(texts)} texts: must be one number a text")
+        nans = int(np.isnan(values).sum())
+        raise UserError(f"score gave {values.shape} values, {nans} of them nan, for {len(texts)} texts: must be one number a text")
     return values
 
 

@@ -6,7 +6,7 @@
 __all__ = ['word_hash', 'plain_spelling', 'masked', 'WordList', 'profanity_scores', 'identity_scores', 'rates_by_group', 'f1',
            'best_threshold']
 
-# %% ../nbs/02b_toxicity.ipynb #a8d4df4f
+# %% ../nbs/02b_toxicity.ipynb #cba6b41e
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from .formats import UserError, _extra
 from .quality import Score
 from .world import data_path
 
-# %% ../nbs/02b_toxicity.ipynb #a0fe4cc0
+# %% ../nbs/02b_toxicity.ipynb #c2ea16cd
 _DISGUISE = str.maketrans("013457@$€!", "oieastasei")
 _CANDIDATE = re.compile(r"[\w@$€!]+")
 
@@ -36,7 +36,7 @@ def masked(word: str) -> str:
     "A word with all letters but the first as stars."
     return word[:1] + "*" * (len(word) - 1)
 
-# %% ../nbs/02b_toxicity.ipynb #705ba10d
+# %% ../nbs/02b_toxicity.ipynb #c4deacf5
 class WordList:
     "A list of unwanted words, kept as hashes (`word_hash`). A word of a text counts as it stands or in `plain_spelling`."
 
@@ -79,14 +79,14 @@ class WordList:
             at = end
         return "".join([*parts, text[at:]])
 
-# %% ../nbs/02b_toxicity.ipynb #a5d2b84a
+# %% ../nbs/02b_toxicity.ipynb #965c4fa8
 def profanity_scores(texts: Sequence[str]) -> np.ndarray:
     "Probability of being offensive by the model bundled with alt-profanity-check: [len(texts)]. UserError when the package is missing."
     check = _extra("profanity_check", "quality", "profanity_scores")
     clean = [t.encode("utf-8", "replace").decode("utf-8") for t in texts]
     return np.asarray(check.predict_prob(clean), float) if len(clean) else np.zeros(0)
 
-# %% ../nbs/02b_toxicity.ipynb #8c9bc2f5
+# %% ../nbs/02b_toxicity.ipynb #3c832ba1
 def identity_scores(score: Score, templates: Sequence[str], terms: Sequence[str]) -> dict[str, float]:
     "Mean score of each term over the sentence templates, which hold `{}` where the term goes. Raises UserError for templates without it."
     bad = [t for t in templates if "{}" not in t]
@@ -94,7 +94,7 @@ def identity_scores(score: Score, templates: Sequence[str], terms: Sequence[str]
         raise UserError(f"{len(bad)} of {len(templates)} templates have no place for the term: write {{}} where it goes")
     return {term: float(np.mean(score([t.replace("{}", term) for t in templates]))) for term in terms}
 
-# %% ../nbs/02b_toxicity.ipynb #8dc02c1b
+# %% ../nbs/02b_toxicity.ipynb #ed3a2eb7
 def rates_by_group(groups: Sequence[str], labels: Sequence[int], flagged: Sequence[bool]) -> dict[str, dict]:
     """For each group: `{"toxic": n, "found": n, "harmless": n, "false_alarms": n}`, counts from which rates and intervals follow.
 
@@ -108,7 +108,7 @@ def rates_by_group(groups: Sequence[str], labels: Sequence[int], flagged: Sequen
         row["found" if y else "false_alarms"] += bool(f)
     return out
 
-# %% ../nbs/02b_toxicity.ipynb #70fd0fc5
+# %% ../nbs/02b_toxicity.ipynb #e0ae5b38
 def f1(labels: Sequence[int], flagged: Sequence[bool]) -> float:
     "Harmonic mean of precision and recall; 0 when nothing toxic was found."
     y, f = np.asarray(labels, bool), np.asarray(flagged, bool)

@@ -6,7 +6,7 @@
 __all__ = ['majority', 'agreement', 'cohen_kappa', 'krippendorff_alpha', 'pair_alpha', 'filter_pairs', 'vote_margin',
            'annotator_agreement', 'longest_answer_baseline']
 
-# %% ../nbs/02b_votes.ipynb #379a7055
+# %% ../nbs/02b_votes.ipynb #344eb8ad
 from collections import Counter
 from collections.abc import Sequence
 
@@ -121,14 +121,14 @@ def filter_pairs(pairs: Sequence[dict], min_agreement: float = 0.7) -> tuple[lis
     return kept, {"rows_in": len(pairs), "rows_out": len(kept), "removed": {"low_agreement": len(low)}, "removed_rows": {"low_agreement": low},
                   "swapped": swapped, "no_votes": silent, "alpha": pair_alpha(pairs)}
 
-# %% ../nbs/02b_votes.ipynb #8e9e450c
+# %% ../nbs/02b_votes.ipynb #cadd5278
 def vote_margin(votes: Sequence[int]) -> float:
     "Votes of 1 (prefers `chosen`) minus votes of 0, as a share: -1 to 1. Raises UserError when there are no votes."
     if not len(votes):
         raise UserError("no votes: a margin needs at least one")
     return 2 * sum(votes) / len(votes) - 1
 
-# %% ../nbs/02b_votes.ipynb #d8b154fb
+# %% ../nbs/02b_votes.ipynb #67bfca3e
 def annotator_agreement(votes: Sequence[Sequence]) -> list[dict]:
     """How often each annotator agrees with the majority of the others: `{"votes": n, "compared": n, "with_majority": share}` a column.
 
@@ -140,10 +140,11 @@ def annotator_agreement(votes: Sequence[Sequence]) -> list[dict]:
     for k in range(len(votes[0]) if len(votes) else 0):
         others = [(row[k], [v for j, v in enumerate(row) if j != k and v is not None]) for row in votes if row[k] is not None]
         judged = [(v, m) for v, rest in others if rest and (m := majority(rest)) is not None]
-        out.append({"votes": len(others), "compared": len(judged), "with_majority": sum(v == m for v, m in judged) / len(judged) if judged else float("nan")})
+        share = sum(v == m for v, m in judged) / len(judged) if judged else float("nan")
+        out.append({"votes": len(others), "compared": len(judged), "with_majority": share})
     return out
 
-# %% ../nbs/02b_votes.ipynb #2e70dd42
+# %% ../nbs/02b_votes.ipynb #67ad6763
 def longest_answer_baseline(pairs: Sequence[dict]) -> float:
     "Share of pairs whose `chosen` answer is longer than `rejected`, in characters; ties count half, nan without pairs."
     sizes = [(_length(p["chosen"]), _length(p["rejected"])) for p in pairs]
