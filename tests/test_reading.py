@@ -4,7 +4,7 @@ import time
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from llm_course.formats import codec_of, decode
+from llm_course.reading import codec_of, decode
 
 LABELS = st.none() | st.sampled_from(["latin1", "utf-8", "utf-16", "gb2312", "shift_jis", "euc-kr", "iso-2022-jp", "rot13", "unicode_escape", "idna", "undefined"]) | st.text(max_size=12)
 
