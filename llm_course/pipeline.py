@@ -35,7 +35,7 @@ from .cleaning import repair_scores
 from .filtering import clean_documents
 from .dedup import decontaminate, deduplicate
 from .evaluate import accuracy_by_kind, ask, ask_tasks, gold_rewards, mean_interval, rate, sample_stories, sequence_kl, story_quality, win_rate
-from .formats import DataError, UserError, check_messages, data_files, detect_row, new_folder, read_rows, to_messages, to_pair, write_json, write_jsonl
+from .formats import DataError, UserError, as_text, check_messages, convert, data_files, detect_row, new_folder, ranked_pairs, read_rows, to_messages, to_pair, write_json, write_jsonl
 from .generate import Sampling
 from .hub import load_model, save_model
 from .mixing import mix
@@ -316,16 +316,18 @@ class Gathered:
             known = {k: row[k] for k in ("where", *(("truth", "clean", "copy_of") if source == "village" else ())) if k in row}
             own_id = row["id"] if source in OWN and "id" in row else f"{source}-{len(self.documents)}"
             self.documents.append({"text": row["text"], "source": source, "id": own_id} | known)
-        elif kind == "preference":
-            pair = to_pair(row)
-            if pair["chosen"] == pair["rejected"]:
-                raise DataError("chosen and rejected are the same")
-            self.pairs.append(pair)
+        elif kind in ("preference", "ranked"):
+            for pair in ranked_pairs(row) if kind == "ranked" else [to_pair(row)]:
+                if pair["chosen"] == pair["rejected"]:
+                    raise DataError("chosen and rejected are the same")
+                self.pairs.append(pair | {k: as_text(pair[k]) for k in ("prompt", "chosen", "rejected")})
         else:
-            messages = to_messages(row, kind)
-            if problem := check_messages(messages):
-                raise DataError(problem)
-            self.conversations.append({"messages": messages})
+            if kind == "kto" and not row["label"]:
+                raise DataError("an answer labelled as bad is no example to imitate")
+            for messages in (made["messages"] for made in convert([row], fmt=kind)) if kind == "self_instruct" else [to_messages(row, kind)]:
+                if problem := check_messages(messages):
+                    raise DataError(problem)
+                self.conversations.append({"messages": as_text(messages)})
 
 
 OWN = ("village", "docs", "code")

@@ -157,5 +157,5 @@ def test_dropped_rows_are_counted(tmp_path):
     assert done.returncode == 0, done.stderr
     dropped = json.loads((tmp_path / "run" / "corpus" / "funnel.json").read_text())["dropped_rows"]
     assert [w.split(":")[-1] for w, _ in dropped] == ["2", "3", "4", "5"]
-    assert [r for _, r in dropped] == ["an empty text", "an empty assistant message", "chosen and rejected are the same", "unknown role 'ghost'. Known roles are human, user, gpt, assistant, chatgpt, bot, bing, model, system, tool, observation, function, function_call, function_response"]
+    assert [r for _, r in dropped] == ["an empty text", "an empty assistant message", "chosen and rejected are the same", "unknown role 'ghost'. Known roles are human, user, gpt, assistant, chatgpt, bot, bing, model, system, tool, observation, function, function_call, function_response, developer"]
     assert "4 rows were dropped" in done.stdout
