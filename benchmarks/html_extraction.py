@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from record import arguments, save, testdata
 
-from llm_course.cleaning import INLINE, TOKEN, main_text
+from llm_course.cleaning import INLINE, TOKEN, Page, main_text
 from llm_course.formats import UserError
 
 
@@ -75,26 +75,28 @@ def extractors() -> dict:
     return found
 
 
-def timed(f, pages: list[str], repetitions: int) -> float:
-    "Pages a second, the best of some repetitions."
-    best = np.inf
+def speeds(found: dict, pages: list[str], repetitions: int) -> dict[str, float]:
+    "Pages a second of each, the best of some repetitions; they take turns, so that a busy moment does not hit one alone."
+    best = dict.fromkeys(found, np.inf)
     for _ in range(repetitions):
-        start = time.perf_counter()
-        for page in pages:
-            f(page)
-        best = min(best, time.perf_counter() - start)
-    return len(pages) / best
+        for name, f in found.items():
+            start = time.perf_counter()
+            for page in pages:
+                f(page)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: len(pages) / seconds for name, seconds in best.items()}
 
 
 def table(pages: dict, repetitions: int) -> tuple[list[dict], dict]:
     "Rows of figures, and the scores of each page for comparisons."
-    rows, scores = [], {}
-    for name, f in extractors().items():
+    rows, scores, found = [], {}, extractors()
+    speed = speeds(found, [page for page, _ in pages.values()], repetitions)
+    for name, f in found.items():
         scores[name] = np.array([page_score(true, f(page)) for page, true in pages.values()])
         p, r, f1_ = f1(scores[name])
         low, high = np.quantile(f1(scores[name][draws(len(pages))])[:, 2], [0.025, 0.975])
         rows.append({"extractor": name, "precision": p, "recall": r, "f1": f1_, "f1_low": low, "f1_high": high, "empty": int(np.isnan(scores[name][:, 0]).sum()),
-                     "pages_per_second": timed(f, [page for page, _ in pages.values()], repetitions)})
+                     "pages_per_second": speed[name]})
         print(f"{name:24} P {p:.3f} R {r:.3f} F1 {f1_:.3f} ({low:.3f} to {high:.3f}) {rows[-1]['pages_per_second']:.0f} pages/s")
     return rows, scores
 
@@ -109,6 +111,21 @@ def differences(scores: dict) -> list[dict]:
     return out
 
 
+def blocks(pages: dict) -> dict:
+    "Of blocks by length and link density: how many, and the share whose words are nearly all in the article."
+    lengths, densities = [0, 20, 40, 80, 160, 320, np.inf], [0, 0.01, 1 / 3, 2 / 3, 1.01]
+    n, inside = np.zeros((4, 6), int), np.zeros((4, 6))
+    for page, article in pages.values():
+        known = shingles(article)
+        for b in Page(page).blocks:
+            own = shingles(b.text)
+            i, j = np.searchsorted(densities, min(1.0, b.linked / len(b.text)), "right") - 1, np.searchsorted(lengths, len(b.text), "right") - 1
+            n[i, j] += 1
+            inside[i, j] += bool(own) and sum((own & known).values()) >= 0.8 * sum(own.values())
+    return {"lengths": ["under 20", "20–39", "40–79", "80–159", "160–319", "320 and more"], "densities": ["none", "up to ⅓", "⅓ to ⅔", "over ⅔"],
+            "n": n.tolist(), "in_article": np.round(inside / np.maximum(n, 1), 3).tolist()}
+
+
 if __name__ == "__main__":
     options = arguments(__doc__, repetitions=5)
     dev, test = load(testdata())
@@ -116,6 +133,6 @@ if __name__ == "__main__":
     rows, scores = table(test, options.repetitions)
     plain = lambda x: {k: round(float(v), 4) if isinstance(v, float) else v for k, v in x.items()}
     figures = {"n_dev": len(dev), "n_test": len(test), "mean_bytes": round(np.mean([len(p.encode()) for p, _ in test.values()])),
-               "dev": [{k: v for k, v in plain(r).items() if k != "pages_per_second"} for r in dev_rows], "test": [plain(r) for r in rows], "differences": [plain(d) for d in differences(scores)]}
+               "dev": [{k: v for k, v in plain(r).items() if k != "pages_per_second"} for r in dev_rows], "test": [plain(r) for r in rows], "blocks": blocks({k: v for k, v in dev.items() if len(k) == 64}), "differences": [plain(d) for d in differences(scores)]}
     if options.save:
         save("html_extraction", "Main text of labelled pages: precision, recall, F1 of 4-shingles; settings of ours chosen on the development part", figures, ("resiliparse", "trafilatura"))

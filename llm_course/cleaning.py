@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COMMENT', 'CHARSET', 'XML_ENCODING', 'Step', 'LINE_ENDS', 'HIDDEN', 'KINDS_OF_HIDDEN', 'FLAG', 'REMOVED', 'JOINING',
            'EMOJI', 'ATTRIBUTES', 'TOKEN', 'INLINE', 'VOID', 'PARAGRAPHS', 'SIDE_TAGS', 'SIDE_NAMES', 'NAMES',
-           'EXTRACTORS', 'HTML_TAG', 'LATEX', 'FORMULA', 'MATH_MODES', 'BOILERPLATE', 'EMAIL', 'PHONE', 'IPV4', 'IPV6',
-           'PII', 'STEPS', 'PROSE_STEPS', 'CODE_STEPS', 'basic_clean', 'declared_encoding', 'decode_page',
-           'fix_mojibake', 'normalise_unicode', 'hidden_characters', 'drop_control', 'squeeze_whitespace', 'trim_lines',
-           'Block', 'Page', 'main_text', 'looks_like_html', 'html_to_text', 'looks_like_latex', 'latex_to_text',
-           'drop_boilerplate', 'mask_kinds', 'mask_pii', 'clean_text', 'repair_scores']
+           'EXTRACTORS', 'HTML_TAG', 'LATEX', 'FORMULA', 'MATH_MODES', 'BOILERPLATE', 'NOT_MASKED', 'EMAIL', 'PHONE',
+           'IPV4', 'IPV6', 'PII', 'STEPS', 'PROSE_STEPS', 'CODE_STEPS', 'basic_clean', 'declared_encoding',
+           'decode_page', 'fix_mojibake', 'normalise_unicode', 'hidden_characters', 'drop_control',
+           'squeeze_whitespace', 'trim_lines', 'Block', 'Page', 'main_text', 'looks_like_html', 'html_to_text',
+           'looks_like_latex', 'latex_to_text', 'drop_boilerplate', 'mask_kinds', 'mask_pii', 'clean_text',
+           'repair_scores']
 
 # %% ../nbs/02_cleaning.ipynb #6b5612ec
 import re
@@ -90,7 +91,7 @@ HIDDEN = {"control": r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029", "zero w
           "no character": r"\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff", "private use": r"\ue000-\uf8ff\U000f0000-\U0010ffff", "replacement": r"\ufffd"}
 KINDS_OF_HIDDEN = {kind: re.compile(f"[{characters}]") for kind, characters in HIDDEN.items()}
 FLAG = "\U0001f3f4[\U000e0020-\U000e007e]{1,8}\U000e007f"
-REMOVED = re.compile(rf"{FLAG}|\x1b\[[0-9;?]{{0,20}}[@-~]|[{''.join(HIDDEN[k] for k in list(HIDDEN)[:7])}]")
+REMOVED = re.compile(rf"{FLAG}|[\ud800-\udbff][\udc00-\udfff]|\x1b\[[0-9;?]{{0,20}}[@-~]|[{''.join(HIDDEN[k] for k in list(HIDDEN)[:7])}]")
 JOINING = re.compile("[\u0600-\u06ff\u0700-\u074f\u0750-\u077f\u0840-\u085f\u08a0-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\ufb50-\ufdcf\ufdf0-\ufdff\ufe70-\ufefc]")  # Arabic to Mongolian
 EMOJI = re.compile("[\u00a9\u00ae\u203c-\u3299\ufe0f\U0001f000-\U0001faff\U000e007f]")
 
@@ -107,13 +108,15 @@ def _without_hidden(m: re.Match) -> str:
         before, after = text[m.start() - 1:m.start()], text[end:end + 1]
         joins = JOINING.match(before) and (JOINING.match(after) or found == "\u200d") or found == "\u200d" and EMOJI.match(before) and EMOJI.match(after)
         return found if joins else ""
+    if len(found) == 2 and "\ud800" <= found[0] <= "\udbff":
+        return found.encode("utf-16", "surrogatepass").decode("utf-16")  # the two halves of one character
     return "\n" if found in LINE_ENDS else found if found[0] == "\U0001f3f4" else ""
 
 
 def drop_control(text: str) -> tuple[str, int]:
     """Remove what nobody sees: control and zero-width characters, soft hyphens, bidi controls, tags, terminal colours, lone surrogates.
 
-    Joiners stay where they join, tags in flags; form feeds and odd line ends become line ends. Private use and U+FFFD stay: something was there."""
+    Pairs of surrogates become their character. Joiners stay where they join, tags in flags; form feeds and odd line ends become line ends. Private use and U+FFFD stay: something was there."""
     if text.isprintable():
         return text, 0
     pieces = [(m[0], _without_hidden(m)) for m in REMOVED.finditer(text)]
@@ -348,10 +351,11 @@ def drop_boilerplate(text: str) -> tuple[str, int]:
     return "\n".join(kept), len(lines) - len(kept)
 
 # %% ../nbs/02_cleaning.ipynb #fb23c404
-EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,5}(?![\w-])")
-PHONE = re.compile(r"(?<![\w.+/-])(?:\+[1-9]\d{0,14}(?:[ .-]?\(\d{1,5}\)[ .-]?\d{1,12})?(?:[ .-]\d{1,12}){0,6}|\(\d{2,5}\)[ .-]?\d{3,4}[ .-]\d{3,4}|\d{3}([.-])\d{3}\1\d{4})(?![\w-])")
-IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
-IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{1,4}|:)?(?!\w|:\w)")
+NOT_MASKED = "(?<!<EMAIL>)(?<!<PHONE>)(?<!<IP>)"  # else a number right behind another would be found only in a second pass
+EMAIL = re.compile(r"(?<![\w.+-])" + NOT_MASKED + r"[A-Za-z0-9][\w.+-]{0,63}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,5}(?![\w-])")
+PHONE = re.compile(r"(?<![\w.+/-])" + NOT_MASKED + r"(?:\+[1-9]\d{0,14}(?:[ .-]?\(\d{1,5}\)[ .-]?\d{1,12})?(?:[ .-]\d{1,12}){0,6}|\(\d{2,5}\)[ .-]?\d{3,4}[ .-]\d{3,4}|\d{3}([.-])\d{3}\1\d{4})(?![\w-])")
+IPV4 = re.compile(r"(?<![\w.])" + NOT_MASKED + r"\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
+IPV6 = re.compile(r"(?<![\w:.])" + NOT_MASKED + r"(?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{1,4}|:)?(?!\w|:\w)")
 
 
 def _is_phone(m: re.Match) -> bool:
@@ -369,7 +373,9 @@ def _is_ip(m: re.Match) -> bool:
     return not re.search(r"(?:version|release|build|firmware|\bv)[ .:]?\s{0,2}\Z", m.string[max(0, m.start() - 12):m.start()], re.I)
 
 
-PII = {"email": ((EMAIL, lambda m: True),), "phone": ((PHONE, _is_phone),), "ip": ((IPV4, _is_ip), (IPV6, _is_ip))}
+# of each kind: what no such text can lack (quick to look for), the pattern of candidates, the check
+PII = {"email": ((re.compile("@"), EMAIL, bool),), "phone": ((re.compile(r"[+(\d][\d(). -]{6}"), PHONE, _is_phone),),
+       "ip": ((re.compile(r"\d\.\d"), IPV4, _is_ip), (re.compile(r":[0-9A-Fa-f]{0,4}:"), IPV6, _is_ip))}
 
 
 def mask_kinds(text: str, kinds: Sequence[str] = ("email", "phone", "ip"), private_ips: bool = True) -> tuple[str, dict[str, int]]:
@@ -378,7 +384,9 @@ def mask_kinds(text: str, kinds: Sequence[str] = ("email", "phone", "ip"), priva
     Without `private_ips`, addresses of private networks (10.0.0.1, ::1, …) stay: they lead to nobody."""
     counts = {}
     for kind in kinds:
-        for pattern, is_one in PII[kind]:
+        for hint, pattern, is_one in PII[kind]:
+            if not hint.search(text):
+                continue
             hits = [m for m in pattern.finditer(text) if is_one(m) and (private_ips or kind != "ip" or ip_address(m[0]).is_global)]
             if hits:
                 counts[kind] = counts.get(kind, 0) + len(hits)
