@@ -122,7 +122,7 @@ def blocks(pages: dict) -> dict:
             i, j = np.searchsorted(densities, min(1.0, b.linked / len(b.text)), "right") - 1, np.searchsorted(lengths, len(b.text), "right") - 1
             n[i, j] += 1
             inside[i, j] += bool(own) and sum((own & known).values()) >= 0.8 * sum(own.values())
-    return {"lengths": ["under 20", "20–39", "40–79", "80–159", "160–319", "320 and more"], "densities": ["none", "up to ⅓", "⅓ to ⅔", "over ⅔"],
+    return {"lengths": ["< 20", "20–39", "40–79", "80–159", "160–319", "≥ 320"], "densities": ["none", "up to ⅓", "⅓ to ⅔", "over ⅔"],
             "n": n.tolist(), "in_article": np.round(inside / np.maximum(n, 1), 3).tolist()}
 
 

@@ -95,12 +95,12 @@ REMOVED = re.compile(rf"{FLAG}|[\ud800-\udbff][\udc00-\udfff]|\x1b\[[0-9;?]{{0,2
 JOINING = re.compile("[\u0600-\u06ff\u0700-\u074f\u0750-\u077f\u0840-\u085f\u08a0-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\ufb50-\ufdcf\ufdf0-\ufdff\ufe70-\ufefc]")  # Arabic to Mongolian
 EMOJI = re.compile("[\u00a9\u00ae\u203c-\u3299\ufe0f\U0001f000-\U0001faff\U000e007f]")
 
-
+# %% ../nbs/02_cleaning.ipynb #b9fdc6e6
 def hidden_characters(text: str) -> dict[str, int]:
     "How many characters of each kind of `HIDDEN` a text has: what nobody sees, and what stands for something lost."
     return {} if text.isascii() and text.isprintable() else {kind: n for kind, pattern in KINDS_OF_HIDDEN.items() if (n := len(pattern.findall(text)))}
 
-
+# %% ../nbs/02_cleaning.ipynb #357cd618
 def _without_hidden(m: re.Match) -> str:
     "What stays of one match of `REMOVED`: a flag, a joiner that joins, a line end."
     found, text, end = m[0], m.string, m.end()
@@ -243,7 +243,7 @@ def _within(marks: Sequence[bool], parent: list[int]) -> list[bool]:
         marks[i] = marks[i] or marks[parent[i]]
     return marks
 
-
+# %% ../nbs/02_cleaning.ipynb #4c28023c
 def _densest(html: str, side_share: float = 0.3, fade: float = 0.85) -> str:
     "The blocks of the element that gathers the most prose, without link lists and what stands at the side; all blocks where no block is prose."
     page = Page(html)
@@ -357,7 +357,7 @@ PHONE = re.compile(r"(?<![\w.+/-])" + NOT_MASKED + r"(?:\+[1-9]\d{0,14}(?:[ .-]?
 IPV4 = re.compile(r"(?<![\w.])" + NOT_MASKED + r"\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
 IPV6 = re.compile(r"(?<![\w:.])" + NOT_MASKED + r"(?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{1,4}|:)?(?!\w|:\w)")
 
-
+# %% ../nbs/02_cleaning.ipynb #63a5e09c
 def _is_phone(m: re.Match) -> bool:
     return 8 <= sum(c.isdigit() for c in m[0]) <= 15
 
@@ -372,7 +372,7 @@ def _is_ip(m: re.Match) -> bool:
         return sum(c != ":" for c in m[0]) >= 4 and any(c.isdigit() for c in m[0])
     return not re.search(r"(?:version|release|build|firmware|\bv)[ .:]?\s{0,2}\Z", m.string[max(0, m.start() - 12):m.start()], re.I)
 
-
+# %% ../nbs/02_cleaning.ipynb #40231d32
 # of each kind: what no such text can lack (quick to look for), the pattern of candidates, the check
 PII = {"email": ((re.compile("@"), EMAIL, bool),), "phone": ((re.compile(r"[+(\d][\d(). -]{6}"), PHONE, _is_phone),),
        "ip": ((re.compile(r"\d\.\d"), IPV4, _is_ip), (re.compile(r":[0-9A-Fa-f]{0,4}:"), IPV6, _is_ip))}
@@ -431,7 +431,7 @@ def _wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + (z / (2 * n)) ** 2) ** 0.5
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
-
+# %% ../nbs/02_cleaning.ipynb #25aca9af
 def repair_scores(docs: Sequence[dict], kinds: dict[str, str]) -> dict[str, dict[str, float]]:
     """Precision and recall of repair steps against injected truth, each with a 95 % interval (`precision_low` and so on), and `n` damaged documents.
 
