@@ -381,7 +381,10 @@ PII = {"email": ((re.compile("@"), EMAIL, bool),), "phone": ((re.compile(r"[+(\d
 def mask_kinds(text: str, kinds: Sequence[str] = ("email", "phone", "ip"), private_ips: bool = True) -> tuple[str, dict[str, int]]:
     """Replace e-mail addresses, telephone numbers and IP addresses by `<EMAIL>`, `<PHONE>`, `<IP>`; returns the text and how many of each kind.
 
-    Without `private_ips`, addresses of private networks (10.0.0.1, ::1, …) stay: they lead to nobody."""
+    Without `private_ips`, addresses of private networks (10.0.0.1, ::1, …) stay: they lead to nobody. Raises UserError for another kind."""
+    unknown = [kind for kind in kinds if kind not in PII]
+    if unknown:
+        raise UserError(f"unknown kinds {', '.join(map(repr, unknown))}: use {', '.join(PII)}")
     counts = {}
     for kind in kinds:
         for hint, pattern, is_one in PII[kind]:
