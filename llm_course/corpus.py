@@ -25,7 +25,8 @@ import numpy as np
 
 from .dedup import decontaminate, deduplicate, match_signatures, signatures, text_digest
 from .filtering import clean_documents
-from .formats import DataError, UserError, check_messages, data_files, detect_row, read_rows, to_messages, to_pair, write_json, write_jsonl
+from .formats import as_text, check_messages, convert, detect_row, ranked_pairs, to_messages, to_pair
+from .reading import DataError, UserError, data_files, read_rows, write_json, write_jsonl
 from .mixing import mix
 from .quality import KneserNey, filter_by_perplexity
 
@@ -35,7 +36,7 @@ KINDS = ("documents", "conversations", "pairs", "dropped")
 _VILLAGE = ("where", "truth", "clean", "copy_of")
 
 
-def _sorted(row: dict, source: str, fallback: str) -> tuple[str, dict]:
+def _sorted(row: dict, source: str, fallback: str) -> Iterator[tuple[str, dict]]:
     kind = detect_row(row)
     if kind is None:
         raise UserError(f"no known format: the row has the keys {', '.join(map(str, list(row)[:8])) or '(none)'}")
@@ -43,29 +44,32 @@ def _sorted(row: dict, source: str, fallback: str) -> tuple[str, dict]:
         if not row["text"].strip():
             raise DataError("an empty text")
         more = {k: row[k] for k in (_VILLAGE if source == "village" else _VILLAGE[:1]) if k in row}
-        return "documents", {"text": row["text"], "source": source, "id": row["id"] if source in OWN and "id" in row else fallback} | more
-    if kind.name == "preference":
-        pair = to_pair(row)
-        if pair["chosen"] == pair["rejected"]:
-            raise DataError("chosen and rejected are the same")
-        return "pairs", pair
-    messages = to_messages(row, kind.name)
-    if problem := check_messages(messages):
-        raise DataError(problem)
-    return "conversations", {"messages": messages}
+        yield "documents", {"text": row["text"], "source": source, "id": row["id"] if source in OWN and "id" in row else fallback} | more
+    elif kind.name in ("preference", "ranked"):
+        for pair in ranked_pairs(row) if kind.name == "ranked" else [to_pair(row)]:
+            if pair["chosen"] == pair["rejected"]:
+                raise DataError("chosen and rejected are the same")
+            yield "pairs", pair | {k: as_text(pair[k]) for k in ("prompt", "chosen", "rejected")}
+    elif kind.name == "kto" and not row["label"]:
+        raise DataError("an answer labelled as bad is no example to imitate")
+    else:
+        for messages in [m["messages"] for m in convert([row], fmt=kind.name)] if kind.name == "self_instruct" else [to_messages(row, kind.name)]:
+            if problem := check_messages(messages):
+                raise DataError(problem)
+            yield "conversations", {"messages": as_text(messages)}
 
 
 def sort_rows(rows: Iterable[tuple[str, dict]], source: str, part: int = 0) -> Iterator[tuple[str, dict]]:
     """Rows `(where, row)` as `(kind, row)`, the kind one of `KINDS`; a dropped row is `{"where", "reason"}`.
 
-    Documents get `text`, `source` and an `id` made of source, `part` (the number of the file) and their number in it.
-    Raises DataError, with the place, for a row of no known form."""
+    Documents get `text`, `source` and an `id` made of source, `part` (the number of the file) and their number in it; a ranked list gives
+    several pairs. Raises DataError, with the place, for a row of no known form."""
     n = 0
     for where, row in rows:
         try:
-            kind, row = _sorted(row, source, f"{source}-{part}-{n}")
-            n += kind == "documents"
-            yield kind, row
+            found = list(_sorted(row, source, f"{source}-{part}-{n}"))
+            n += found[0][0] == "documents"
+            yield from found
         except DataError as e:
             yield "dropped", {"where": where, "reason": str(e)}
         except UserError as e:

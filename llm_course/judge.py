@@ -15,7 +15,8 @@ from pathlib import Path
 
 from .evaluate import mean_interval, rate
 from .formats import UserError, read_rows
-from .quality import cohen_kappa, parse_score
+from .instructions import parse_score
+from .votes import cohen_kappa
 
 # %% ../nbs/09b_judges.ipynb #c4267097
 Judge = Callable[[str], str]

@@ -42,12 +42,12 @@ from .packing import TokenRows, pack_examples
 from .ppo import PPOConfig, train_ppo
 from .preference import add_reference, train_preference
 from .pretrain import bits_per_byte, pretrain, tokenize_corpus
-from .quality import filter_pairs
 from .report import read_log, write_report
 from .reward import RewardModel, as_gold, pair_correctness, pair_examples, train_reward
 from .sft import sft, sft_examples, wake_special_tokens
 from .tokenizer import Tokenizer, bytes_per_token, train_tokenizer
 from .trainer import Callback, Progress, TrainConfig, Trainer, autocast_of, checkpoints, make_accelerator, seed_all
+from .votes import filter_pairs
 from .world import baselines, grade, inject_mess, instruction_rows, make_tasks, make_village, preference_rows, python_code, python_docs, sample_tasks, village_documents
 
 # %% ../nbs/10_pipeline.ipynb #c346e81b

@@ -19,8 +19,10 @@ def files(tmp: Path) -> dict[str, tuple[Path, str]]:
         "empty": ("a.jsonl", b"", "the file is empty"),
         "blank": ("b.jsonl", b"\n\n", "no rows"),
         "malformed": ("c.jsonl", GOOD + b'{"text": "cut', "c.jsonl:2: not JSON"),
-        "encoding": ("d.jsonl", GOOD + '{"text": "café"}\n'.encode("cp1252"), "d.jsonl:2: byte 13 (0xe9) is no valid UTF-8"),
-        "utf16": ("e.txt", "Hello".encode("utf-16"), "UTF-16"),
+        "encoding": ("d.jsonl", '{"text": "naïve"}\n'.encode() * 9 + '{"text": "café"}\n'.encode("cp1252"), "d.jsonl:10: byte 0xe9 at column 14 does not fit the encoding"),
+        "utf16": ("e.txt", "Hello".encode("utf-16") + b"x", "e.txt:1: byte 0x78 at column 6 does not fit the encoding"),
+        "picture": ("q.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "the file is PNG, not text"),
+        "binary": ("r.txt", bytes(range(256)) * 8, "NUL byte in the text"),
         "truncated": ("f.jsonl.gz", packed[:len(packed) // 2], "damaged or cut off"),
         "no gzip": ("g.jsonl.gz", GOOD, "damaged or cut off"),
         "array": ("h.jsonl", GOOD + b"[1, 2]\n", "h.jsonl:2: expected an object"),
@@ -53,7 +55,7 @@ def in_process(argv: list[str], capsys) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(argv, status, out.out, out.err)
 
 
-NAMES = ["empty", "blank", "malformed", "encoding", "utf16", "truncated", "no gzip", "array", "nan", "twice", "unknown", "ending", "parquet", "json", "csv", "nul"]
+NAMES = ["empty", "blank", "malformed", "encoding", "utf16", "picture", "binary", "truncated", "no gzip", "array", "nan", "twice", "unknown", "ending", "parquet", "json", "csv", "nul"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,5 +157,5 @@ def test_dropped_rows_are_counted(tmp_path):
     assert done.returncode == 0, done.stderr
     dropped = json.loads((tmp_path / "run" / "corpus" / "funnel.json").read_text())["dropped_rows"]
     assert [w.split(":")[-1] for w, _ in dropped] == ["2", "3", "4", "5"]
-    assert [r for _, r in dropped] == ["an empty text", "an empty assistant message", "chosen and rejected are the same", "unknown role 'ghost'. Known roles are human, user, gpt, assistant, chatgpt, bot, bing, model, system, tool, observation, function, function_call, function_response"]
+    assert [r for _, r in dropped] == ["an empty text", "an empty assistant message", "chosen and rejected are the same", "unknown role 'ghost'. Known roles are human, user, gpt, assistant, chatgpt, bot, bing, model, system, tool, observation, function, function_call, function_response, developer"]
     assert "4 rows were dropped" in done.stdout
