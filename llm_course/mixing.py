@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from .formats import UserError, data_files, read_rows
+from .reading import UserError, data_files, read_rows
 
 # %% ../nbs/02c_mixing.ipynb #76fbb6ed
 def _check_sizes(sizes: dict[str, float]) -> None:
