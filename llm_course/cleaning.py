@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COMMENT', 'CHARSET', 'XML_ENCODING', 'Step', 'LINE_ENDS', 'HIDDEN', 'KINDS_OF_HIDDEN', 'FLAG', 'REMOVED', 'JOINING',
            'EMOJI', 'ATTRIBUTES', 'TOKEN', 'INLINE', 'VOID', 'PARAGRAPHS', 'SIDE_TAGS', 'SIDE_NAMES', 'NAMES',
-           'EXTRACTORS', 'HTML_TAG', 'LATEX', 'FORMULA', 'MATH_MODES', 'BOILERPLATE', 'NOT_MASKED', 'EMAIL', 'PHONE',
-           'IPV4', 'IPV6', 'PII', 'STEPS', 'PROSE_STEPS', 'CODE_STEPS', 'basic_clean', 'declared_encoding',
-           'decode_page', 'fix_mojibake', 'normalise_unicode', 'hidden_characters', 'drop_control',
+           'EXTRACTORS', 'HTML_TAG', 'HTML_START', 'HTML_DOCUMENT', 'LATEX', 'FORMULA', 'MATH_MODES', 'BOILERPLATE',
+           'NOT_MASKED', 'EMAIL', 'PHONE', 'IPV4', 'IPV6', 'PII', 'STEPS', 'PROSE_STEPS', 'CODE_STEPS', 'basic_clean',
+           'declared_encoding', 'decode_page', 'fix_mojibake', 'normalise_unicode', 'hidden_characters', 'drop_control',
            'squeeze_whitespace', 'trim_lines', 'Block', 'Page', 'main_text', 'looks_like_html', 'html_to_text',
            'looks_like_latex', 'latex_to_text', 'drop_boilerplate', 'mask_kinds', 'mask_pii', 'clean_text',
            'repair_scores']
@@ -86,8 +86,8 @@ def normalise_unicode(text: str) -> tuple[str, int]:
 
 # %% ../nbs/02_cleaning.ipynb #ce6e32ac
 LINE_ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
-HIDDEN = {"control": r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029", "zero width": r"\u200b\u2060-\u2064\ufeff\u180e\ufff9-\ufffb", "soft hyphen": r"\u00ad",
-          "joiner": r"\u200c\u200d", "bidi": r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069", "tag": r"\U000e0000-\U000e007f",
+HIDDEN = {"control": r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029", "zero width": r"\u200b\u2060-\u2064\ufeff\ufff9-\ufffb", "soft hyphen": r"\u00ad",
+          "joiner": r"\u200c\u200d\u180e", "bidi": r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069", "tag": r"\U000e0000-\U000e007f",
           "no character": r"\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff", "private use": r"\ue000-\uf8ff\U000f0000-\U0010ffff", "replacement": r"\ufffd"}
 KINDS_OF_HIDDEN = {kind: re.compile(f"[{characters}]") for kind, characters in HIDDEN.items()}
 FLAG = "\U0001f3f4[\U000e0020-\U000e007e]{1,8}\U000e007f"
@@ -104,7 +104,7 @@ def hidden_characters(text: str) -> dict[str, int]:
 def _without_hidden(m: re.Match) -> str:
     "What stays of one match of `REMOVED`: a flag, a joiner that joins, a line end."
     found, text, end = m[0], m.string, m.end()
-    if found in "\u200c\u200d":
+    if found in "\u200c\u200d\u180e":
         before, after = text[m.start() - 1:m.start()], text[end:end + 1]
         joins = JOINING.match(before) and (JOINING.match(after) or found == "\u200d") or found == "\u200d" and EMOJI.match(before) and EMOJI.match(after)
         return found if joins else ""
@@ -166,10 +166,12 @@ class Block:
 
 
 class Page:
-    "A page's `blocks`, and of each element its `parent`, and whether its tag or names say that it stands at the `side`; in one pass."
+    """A page's `blocks`, and of each element its `parent`, and whether its tag or names say that it stands at the `side`; in one pass.
 
-    def __init__(self, page: str):
-        self.blocks, self.parent, self.side = [], [0], [False]
+    Line ends count as blanks, as in a browser, outside `<pre>`; with `keep_lines` everywhere as line ends."""
+
+    def __init__(self, page: str, keep_lines: bool = False):
+        self.blocks, self.parent, self.side, self.keep_lines = [], [0], [False], keep_lines
         self.stack, self.open, self.parts, self.linked, self.in_link = [("", 0)], Counter(), [], 0, False
         end = 0
         for m in TOKEN.finditer(page):
@@ -181,7 +183,7 @@ class Page:
         self.finish_block()
 
     def text(self, raw: str):
-        text = _unescape(raw if self.open["pre"] else raw.replace("\n", " ").replace("\r", " "))
+        text = _unescape(raw if self.keep_lines or self.open["pre"] else raw.replace("\n", " ").replace("\r", " "))
         self.parts.append(text)
         self.linked += len(text.strip()) if self.in_link else 0
 
@@ -215,7 +217,7 @@ class Page:
 
     def finish_block(self):
         text = "".join(self.parts)
-        text = text.strip("\r\n") if self.open["pre"] else "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
+        text = text.strip("\r\n") if self.keep_lines or self.open["pre"] else "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
         if text.strip():
             tag, element = self.stack[-1]
             self.blocks.append(Block(text, self.linked, self.parent[element] if tag in PARAGRAPHS else element))
@@ -291,19 +293,25 @@ def main_text(html: str, extractor: str = "stdlib") -> str:
 HTML_TAG = re.compile(r"</?(?:html|head|body|div|p|span|a|br|ul|ol|li|table|tr|td|h[1-6]|b|i|em|strong|script|style|nav|footer|img|section|article)(?:\s[^<>]{0,500})?/?>", re.I)
 
 
+HTML_START = re.compile(r"\s*(?:<\?xml[^>]{0,200}\?>\s*)?(?:<!doctype html|<html)", re.I)
+HTML_DOCUMENT = re.compile(r"<(?:!doctype\s{1,9}html|html|body)\b[^<>]{0,500}>", re.I)
+
+
 def looks_like_html(text: str) -> bool:
     "Whether a text is markup: it begins as an HTML document does, or has three known tags of which one closes."
-    if re.match(r"\s*(?:<\?xml[^>]{0,200}\?>\s*)?(?:<!doctype html|<html)", text, re.I):
+    if HTML_START.match(text):
         return True
     tags = [m.group() for _, m in zip(range(50), HTML_TAG.finditer(text))] if "</" in text else []
     return len(tags) >= 3 and any(t.startswith("</") for t in tags)
 
 
 def html_to_text(text: str, extractor: str = "stdlib") -> tuple[str, int]:
-    "Main text of a page, where the text is markup (see `looks_like_html`, `main_text`); else unchanged. Tags shown as text stay escaped."
+    """Main text of a page (see `main_text`), and a fragment of markup without its tags, line by line; other text is unchanged.
+
+    See `looks_like_html` for what is markup. Tags shown as text stay escaped."""
     if not looks_like_html(text):
         return text, 0
-    fixed = main_text(text, extractor)
+    fixed = main_text(text, extractor) if HTML_START.match(text) or HTML_DOCUMENT.search(text) else "\n".join(b.text for b in Page(text, keep_lines=True).blocks)
     return fixed.replace("<", "&lt;") if looks_like_html(fixed) else fixed, 1
 
 # %% ../nbs/02_cleaning.ipynb #d37abb6a
@@ -352,7 +360,8 @@ def drop_boilerplate(text: str) -> tuple[str, int]:
 
 # %% ../nbs/02_cleaning.ipynb #fb23c404
 NOT_MASKED = "(?<!<EMAIL>)(?<!<PHONE>)(?<!<IP>)"  # else a number right behind another would be found only in a second pass
-EMAIL = re.compile(r"(?<![\w.+-])" + NOT_MASKED + r"[A-Za-z0-9][\w.+-]{0,63}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,5}(?![\w-])")
+EMAIL = re.compile(r"(?<![\w.+-])" + NOT_MASKED + r"[A-Za-z0-9][\w.+-]{0,63}@(?!\d+x\.)[A-Za-z0-9-]{1,63}"
+                   r"(?:\.[A-Za-z0-9-]{1,63}){0,4}\.(?:xn--[A-Za-z0-9-]{1,59}|[A-Za-z]{2,63})(?![\w-])")  # no `react@18.2.0`, no `logo@2x.png`
 PHONE = re.compile(r"(?<![\w.+/-])" + NOT_MASKED + r"(?:\+[1-9]\d{0,14}(?:[ .-]?\(\d{1,5}\)[ .-]?\d{1,12})?(?:[ .-]\d{1,12}){0,6}|\(\d{2,5}\)[ .-]?\d{3,4}[ .-]\d{3,4}|\d{3}([.-])\d{3}\1\d{4})(?![\w-])")
 IPV4 = re.compile(r"(?<![\w.])" + NOT_MASKED + r"\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
 IPV6 = re.compile(r"(?<![\w:.])" + NOT_MASKED + r"(?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{1,4}|:)?(?!\w|:\w)")
@@ -363,14 +372,14 @@ def _is_phone(m: re.Match) -> bool:
 
 
 def _is_ip(m: re.Match) -> bool:
-    "An address in form, no version number, and of IPv6 one with four hexadecimal digits, a decimal one among them (not C++'s `a::b`)."
+    "An address in form, no version or section number, and of IPv6 one with four hexadecimal digits, a decimal one among them (not C++'s `a::b`)."
     try:
         ip_address(m[0])
     except ValueError:
         return False
     if ":" in m[0]:
         return sum(c != ":" for c in m[0]) >= 4 and any(c.isdigit() for c in m[0])
-    return not re.search(r"(?:version|release|build|firmware|\bv)[ .:]?\s{0,2}\Z", m.string[max(0, m.start() - 12):m.start()], re.I)
+    return not re.search(r"(?:version|release|build|firmware|section|chapter|\boid|§|\bv)[ .:]?\s{0,2}\Z", m.string[max(0, m.start() - 12):m.start()], re.I)
 
 # %% ../nbs/02_cleaning.ipynb #40231d32
 # of each kind: what no such text can lack (quick to look for), the pattern of candidates, the check

@@ -7,7 +7,7 @@ __all__ = ['SUPERSETS', 'OTHER_LABELS', 'NO_TEXT', 'BOMS', 'CANDIDATES', 'BLOCK'
            'READERS', 'UserError', 'DataError', 'new_file', 'disk_error', 'write_jsonl', 'write_json', 'new_folder',
            'codec_of', 'Decoded', 'decode', 'data_files', 'read_rows']
 
-# %% ../nbs/01_reading.ipynb #99a48feb
+# %% ../nbs/01_reading.ipynb #373105e6
 import bz2
 import codecs
 import csv
@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pathlib import Path
 
 from charset_normalizer import from_bytes
 
-# %% ../nbs/01_reading.ipynb #551167d5
+# %% ../nbs/01_reading.ipynb #aa64591e
 class UserError(Exception):
     "Something that the user can mend: the message says what is wrong, where, and the remedy. `status` is a command's exit status."
     status = 2
@@ -43,7 +44,7 @@ class DataError(UserError):
         place = f"{path}:{line}: " if path and line else f"{path}: " if path else ""
         super().__init__(place + problem.rstrip(".") + (f". {remedy}" if remedy else ""))
 
-# %% ../nbs/01_reading.ipynb #e81ad81c
+# %% ../nbs/01_reading.ipynb #9ae2fbe0
 @contextmanager
 def new_file(path: str | Path):
     "A text file to write to that appears at `path` only when the block ends well. Raises UserError when the disk refuses."
@@ -69,7 +70,8 @@ def disk_error(e: OSError, path: str | Path) -> UserError:
     "An operating system's refusal as a sentence with a remedy."
     remedies = {errno.ENOSPC: "Free some space or choose another folder with --out", errno.EACCES: "Choose a folder that you may write to, with --out",
                 errno.EROFS: "Choose a folder that you may write to, with --out", errno.EDQUOT: "Free some of your quota or choose another folder with --out"}
-    return DataError(f"cannot write: {e.strerror or e}", path, remedy=remedies.get(e.errno, "Check the path"))
+    code = e.errno or (errno.ENOSPC if re.search(r"requested and \d+ written", str(e)) else None)      # numpy on a full disk gives no number
+    return DataError(f"cannot write: {os.strerror(code) if code else e}", path, remedy=remedies.get(code, "Check the path"))
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
@@ -115,7 +117,7 @@ def new_folder(path: str | Path, keep_partial: bool = False):
     except OSError as e:
         raise disk_error(e, path) from None
 
-# %% ../nbs/01_reading.ipynb #fddd000d
+# %% ../nbs/01_reading.ipynb #e4ad9aa5
 SUPERSETS = {"ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874", "gb2312": "gb18030", "gbk": "gb18030",
              "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs", "cp950": "big5hkscs", "utf-16": "utf-16-le", "utf-8-sig": "utf-8"}
 OTHER_LABELS = {"x-sjis": "cp932", "x-gbk": "gb18030", "x-euc-jp": "euc_jp", "x-x-big5": "big5hkscs", "cn-big5": "big5hkscs", "windows-949": "cp949", "dos-874": "cp874",
@@ -135,7 +137,7 @@ def codec_of(label: str) -> str | None:
     name = SUPERSETS.get(info.name, info.name)
     return name if info._is_text_encoding and name.replace("-", "_") not in NO_TEXT else None
 
-# %% ../nbs/01_reading.ipynb #bd2ffb73
+# %% ../nbs/01_reading.ipynb #2ddcdecb
 BOMS = [(codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
 _LANGUAGES = {"cp1252": "en fr de es pt it nl sv da no nn fi is ca eu gl ga af oc br sq", "cp1250 iso8859_2": "pl cs sk hu sl hr bs ro sh sq", "cp1254": "tr az", "cp1257": "lt lv et",
               "cp1251 koi8_r koi8_u mac_cyrillic cp855 cp866 iso8859_5": "ru uk bg sr mk be", "cp1253 iso8859_7": "el", "cp1255": "he yi", "cp1256": "ar fa ur arz ckb ps", "cp874": "th",
@@ -212,7 +214,7 @@ def _detected(raw: bytes) -> Decoded | None:
     best, text = close[scores.index(max(scores))]
     return Decoded(text, best.encoding, "detected")
 
-# %% ../nbs/01_reading.ipynb #e753ec7f
+# %% ../nbs/01_reading.ipynb #84f658b7
 def decode(raw: bytes, declared: str | None = None) -> Decoded:
     """Bytes to text with the encoding that is known best: BOM, `declared` (a label; if every byte fits), zero bytes, escapes, UTF-8,
     detection, and at last windows-1252 with the replaced characters counted. Never raises on bytes; an unknown label is passed over."""
@@ -234,7 +236,7 @@ def decode(raw: bytes, declared: str | None = None) -> Decoded:
         return damaged
     return _detected(raw) or _with_losses(raw, "cp1252", "fallback")
 
-# %% ../nbs/01_reading.ipynb #47b27a16
+# %% ../nbs/01_reading.ipynb #32fe948c
 BLOCK = 1 << 20          # bytes asked for at a time
 LONGEST = 1 << 28        # bytes of the longest line or JSON value that is read
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -271,7 +273,7 @@ def data_files(path: str | Path) -> list[Path]:
         raise DataError("no such file", path, remedy="Check the path")
     return [path]
 
-# %% ../nbs/01_reading.ipynb #2699bb83
+# %% ../nbs/01_reading.ipynb #37332e48
 def _zst_blocks(path: Path) -> Iterator[bytes]:
     library = _extra("zstandard", "data", f"{path}: reading .zst")
     frame, inside = None, False
@@ -319,7 +321,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 def _zstd_errors() -> tuple[type[Exception], ...]:
     return (sys.modules["zstandard"].ZstdError,) if "zstandard" in sys.modules else ()
 
-# %% ../nbs/01_reading.ipynb #d7673d27
+# %% ../nbs/01_reading.ipynb #aebc313c
 MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PAR1": "Parquet", b"%PDF-": "PDF", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG"}
 
 
@@ -341,7 +343,8 @@ def _settle(block: bytes, path: Path, encoding: str | None, first: bool) -> str:
         return mark or encoding
     if b"\0" in block:
         return _wide(block) or "utf-8"
-    whole = block[:block.rfind(b"\n") + 1] or _sample(block, max(1, len(block) - 4))
+    last = len(block) < 1 << 16            # else it may end in the middle of a character
+    whole = block if last else block[:block.rfind(b"\n") + 1] or _sample(block, max(1, len(block) - 4))
     got = decode(whole)
     if got.how == "detected" and re.search(r"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]", got.text):
         raise DataError("the file looks binary: it is no UTF-8, and in every other encoding it holds control characters", path, remedy='If it is text, say how it is encoded: encoding="…"')
@@ -381,7 +384,7 @@ def _texts(path: Path, encoding: str | None) -> Iterator[tuple[int, str, bool]]:
     except OSError as e:
         raise DataError(f"cannot read: {e.strerror or e}", path, line, "Check the file and its permissions") from None
 
-# %% ../nbs/01_reading.ipynb #1fa5d6a3
+# %% ../nbs/01_reading.ipynb #2e52a121
 def _unfit(line: str, path: Path, number: int) -> DataError | None:
     found = re.search("[\0\udc00-\udcff]", line)
     if not found:
@@ -423,7 +426,7 @@ def _lines(path: Path, encoding: str | None, on_bad: Callable[[DataError], None]
     elif number == 0:
         raise DataError("the file is empty", path, remedy="Remove it or give another one")
 
-# %% ../nbs/01_reading.ipynb #ac08c7da
+# %% ../nbs/01_reading.ipynb #10480dd9
 class _StrictJson:
     "A JSON parser that notes what Python's would let pass. After `parse`, `problem` says what was wrong with the value, or is empty."
 
@@ -437,8 +440,8 @@ class _StrictJson:
     def _pairs(self, items: list) -> dict:
         row = dict(items)
         if len(row) < len(items):
-            keys = [k for k, _ in items]
-            self._note(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object. Remove one of them")
+            key = next(k for k, n in Counter(k for k, _ in items).items() if n > 1)
+            self._note(f"the key {key!r} stands twice in one object. Remove one of them")
         return row
 
     def _constant(self, name: str) -> None:
@@ -499,7 +502,7 @@ def _read_jsonl(path: Path, encoding: str | None = None, on_bad: Callable[[DataE
         else:
             yield f"{path}:{n}", row
 
-# %% ../nbs/01_reading.ipynb #d4251009
+# %% ../nbs/01_reading.ipynb #838758eb
 class _JsonText:
     "A window on a JSON text, with a cursor `at` in line `line`; grows as far as the value under the cursor needs."
 
@@ -569,7 +572,7 @@ class _JsonText:
             if self.peek() or not array:
                 raise DataError("not JSON: text after the end", self.path, self.line, "Remove it")
 
-# %% ../nbs/01_reading.ipynb #bf31093e
+# %% ../nbs/01_reading.ipynb #53f50258
 def _unwrap(value: object) -> list:
     lists = [v for k, v in value.items() if k not in ("messages", "conversations", "conversation") and isinstance(v, list) and v and isinstance(v[0], dict)] if isinstance(value, dict) else []
     return lists[0] if len(lists) == 1 == len(value) else [value]
@@ -591,13 +594,13 @@ def _read_json(path: Path, encoding: str | None = None, on_bad: Callable[[DataEr
             else:
                 yield f"{path}:{line} (row {j})", row
 
-# %% ../nbs/01_reading.ipynb #2981c030
+# %% ../nbs/01_reading.ipynb #82b44d0a
 def _read_csv(path: Path, encoding: str | None = None, on_bad: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(LONGEST)
     reader = csv.reader((line for _, line in _lines(path, encoding)), delimiter="\t" if _ending(path) == ".tsv" else ",", strict=True)
     try:
         columns = next((row for row in reader if row), [])
-        if twice := [c for c in columns if columns.count(c) > 1]:
+        if twice := [c for c, n in Counter(columns).items() if n > 1]:
             raise DataError(f"the column {twice[0]!r} stands twice in the first line", path, reader.line_num, "Rename one of them")
         start = reader.line_num + 1
         for values in reader:
@@ -634,7 +637,7 @@ def _read_text(path: Path, encoding: str | None = None, on_bad: Callable[[DataEr
     if text := "".join(block).strip():
         yield f"{path}:{start}", {"text": text}
 
-# %% ../nbs/01_reading.ipynb #da4b0be2
+# %% ../nbs/01_reading.ipynb #d0fddc4b
 READERS = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv,
            ".parquet": _read_parquet, ".txt": _read_text, ".md": _read_text}
 

@@ -106,6 +106,23 @@ def test_a_deep_page():
     assert main_text("<div>" * 20_000 + "deep" + "</div>" * 20_000) == "deep"
 
 
+def test_a_fragment_keeps_its_lines():
+    post = "One <b>a</b>.\n\nTwo <i>b</i>:\n\n    <em>c</em> = 1\n"
+    assert html_to_text(post) == ("One a.\n\nTwo b:\n\n    c = 1", 1)
+    assert html_to_text(f"<html><body><nav>Menu</nav><p>{post}</p></body></html>") == ("One a. Two b: c = 1", 1)
+
+
+@pytest.mark.parametrize("text", ["npm i react@18.2.0", "logo@2x.png", "section 4.2.1.3", "version 10.2.0.1", "OID 1.3.6.1"])
+def test_numbers_that_are_nobodys(text):
+    assert mask_kinds(text) == (text, {})
+
+
+def test_separators_that_carry_meaning_stay():
+    for text in ("\u1829\u180e\u1820", "\u0645\u06cc\u200c\u062e", "\U0001f469\u200d\U0001f680"):
+        assert drop_control(text) == (text, 0)
+    assert drop_control("a\u180eb") == ("ab", 1)
+
+
 def test_scores_of_nothing():
     assert repair_scores([], {"html": "html"})["html"]["n"] == 0
 
