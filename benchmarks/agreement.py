@@ -11,7 +11,7 @@ from record import arguments, save, testdata
 
 from llm_course.classifier import bootstrap_interval
 from llm_course.evaluate import rate
-from llm_course.formats import read_rows
+from llm_course.reading import read_rows
 from llm_course.votes import cohen_kappa, krippendorff_alpha, longest_answer_baseline
 
 PUBLISHED = {  # Zheng et al. (2023), Table 5: agreement, number of comparisons

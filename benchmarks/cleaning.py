@@ -11,7 +11,7 @@ from record import arguments, save, testdata
 
 from llm_course.cleaning import BOILERPLATE, PROSE_STEPS, STEPS, clean_text, declared_encoding, decode_page, drop_boilerplate, fix_mojibake, mask_kinds
 from llm_course.evaluate import wilson
-from llm_course.formats import codec_of, decode
+from llm_course.reading import codec_of, decode
 
 KIND_NAMES = {"email": "email", "phone_number": "phone", "ip_address": "ip"}
 

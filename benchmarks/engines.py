@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llm_course.corpus import CORPUS_STAGES, list_inputs, write_plan
 from llm_course.engines import Engine, die_once, run_tasks
-from llm_course.formats import UserError, write_jsonl
+from llm_course.reading import UserError, write_jsonl
 from llm_course.world import inject_mess, make_village, python_docs, village_documents
 
 SETTINGS = {"weights": {"village": 0.7, "docs": 0.3}, "budget_bytes": 3_000_000, "max_epochs": 4.0, "near_duplicate": 0.8, "keep_fraction": {"docs": 0.95},

@@ -15,7 +15,7 @@ import numpy as np
 from record import arguments, save, testdata
 
 from llm_course.cleaning import INLINE, TOKEN, Page, main_text
-from llm_course.formats import UserError
+from llm_course.reading import UserError
 
 
 def all_text(html: str) -> str:

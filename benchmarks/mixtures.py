@@ -8,7 +8,7 @@ import torch
 
 from llm_course.corpus import hold_out
 from llm_course.filtering import clean_documents
-from llm_course.formats import write_jsonl
+from llm_course.reading import write_jsonl
 from llm_course.mixing import epochs_per_source, mix, temperature_weights
 from llm_course.model import ModelConfig, Transformer
 from llm_course.packing import TokenRows

@@ -9,7 +9,7 @@ from record import arguments, save, testdata
 
 from llm_course.classifier import QualityClassifier, auc, bootstrap_interval, kept_curve
 from llm_course.quality import KneserNey, lm_tokens
-from llm_course.formats import read_rows
+from llm_course.reading import read_rows
 
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 SHARES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]

@@ -6,7 +6,7 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from llm_course.formats import write_json
+from llm_course.reading import write_json
 from llm_course.pipeline import environment
 
 ROOT = Path(__file__).resolve().parent.parent

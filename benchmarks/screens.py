@@ -2,7 +2,8 @@
 from collections.abc import Callable, Sequence
 
 from llm_course.filtering import screen_conversations, screen_pairs
-from llm_course.formats import DataError, UserError, read_rows, to_messages, to_pair
+from llm_course.formats import to_messages, to_pair
+from llm_course.reading import DataError, UserError, read_rows
 from record import arguments, save, testdata
 
 CONVERSATIONS = ("alpaca_en_demo.json", "alpaca_zh_demo.json", "identity.json", "glaive_toolcall_en_demo.json", "rasbt_instruction-data.json",

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from .evaluate import ModelLM, rate
-from .formats import DataError, UserError, read_rows
+from .reading import DataError, UserError, read_rows
 
 # %% ../nbs/09a_benchmarks.ipynb #a28c2298
 LETTERS = "ABCDEFGH"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .formats import DataError, UserError, _extra, new_folder, write_json
+from .reading import DataError, UserError, _extra, new_folder, write_json
 from .quality import Score, _by_source, _fractions, _ranks, _scored, _worst
 
 # %% ../nbs/02b_classifier.ipynb #c31ac603

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from html import unescape
 from ipaddress import ip_address
 
-from .formats import Decoded, UserError, codec_of, decode
+from .reading import Decoded, UserError, codec_of, decode
 
 # %% ../nbs/02_cleaning.ipynb #a7a9d344
 def basic_clean(text: str) -> str | None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .formats import UserError, data_files, disk_error, write_json
+from .reading import UserError, data_files, disk_error, write_json
 
 # %% ../nbs/10a_cli.ipynb #6f27338a
 def source_name(path: str) -> str:

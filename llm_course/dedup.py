@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .formats import UserError
+from .reading import UserError
 
 # %% ../nbs/02a_dedup.ipynb #cb6109bf
 def normalise(text: str) -> str:

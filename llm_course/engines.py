@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from .filtering import clean_documents
-from .formats import UserError
+from .reading import UserError
 
 # %% ../nbs/02e_engines.ipynb #1da0ef68
 ENGINES = ("local", "processes", "datatrove", "slurm", "ray")

@@ -23,7 +23,7 @@ from itertools import accumulate, repeat
 import numpy as np
 
 from .cleaning import CODE_STEPS, PROSE_STEPS, clean_text
-from .formats import UserError
+from .reading import UserError
 
 # %% ../nbs/02_filtering.ipynb #d3f7eb63
 def _characters(codes: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .formats import UserError
+from .reading import UserError
 from .model import KVCache, Transformer
 from .tokenizer import Tokenizer
 

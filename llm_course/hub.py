@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .formats import UserError
+from .reading import UserError
 from .model import ModelConfig, Transformer
 from .tokenizer import Tokenizer
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .formats import UserError
+from .reading import UserError
 from .quality import lm_tokens, spearman
 
 # %% ../nbs/02b_instructions.ipynb #dc313e56

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .evaluate import mean_interval, rate
-from .formats import UserError, read_rows
+from .reading import UserError, read_rows
 from .instructions import parse_score
 from .votes import cohen_kappa
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .formats import UserError
+from .reading import UserError
 
 # %% ../nbs/06a_lora.ipynb #2843a571
 class LoRALinear(nn.Module):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .formats import UserError
+from .reading import UserError
 
 # %% ../nbs/04_architecture.ipynb #a9506482
 @dataclass

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import UserError
+from .reading import UserError
 from .model import Transformer, document_mask
 from .tasks import IGNORE
 

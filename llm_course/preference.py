@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import UserError
+from .reading import UserError
 from .model import Transformer
 from .tasks import IGNORE, pair_batch
 from .tokenizer import Tokenizer

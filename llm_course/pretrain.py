@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .formats import read_rows
+from .reading import read_rows
 from .model import Transformer
 from .packing import TokenRows, packed_loss, stack_rows, write_tokens
 from .tokenizer import Tokenizer

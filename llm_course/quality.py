@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .formats import UserError
+from .reading import UserError
 
 # %% ../nbs/02b_quality.ipynb #b3f9c471
 _TOKEN = re.compile(r"\w+|[^\w\s]")

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .formats import new_file, read_rows
+from .reading import new_file, read_rows
 
 # %% ../nbs/09c_report.ipynb #f6bf7a5d
 def show_value(x: object) -> str:

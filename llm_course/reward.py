@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .formats import UserError
+from .reading import UserError
 from .hub import from_hf_config, load_weights, read_weights, save_model
 from .model import Transformer
 from .tasks import pair_batch

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .formats import UserError
+from .reading import UserError
 from .model import ModelConfig, count_parameters
 
 # %% ../nbs/05a_scale.ipynb #2d098458

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .formats import UserError
+from .reading import UserError
 from .model import Transformer
 from .packing import pack_examples, packed_loss, stack_rows
 from .tasks import sft_labels

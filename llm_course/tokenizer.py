@@ -14,8 +14,8 @@ from tokenizers import Regex
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from .formats import DataError
-from .formats import UserError
+from .reading import DataError
+from .reading import UserError
 
 # %% ../nbs/03_tokenizer.ipynb #5ad2359b
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>", "<|mask|>")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .formats import UserError, _extra
+from .reading import UserError, _extra
 from .quality import Score
 from .world import data_path
 

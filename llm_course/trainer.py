@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .formats import UserError
+from .reading import UserError
 from .hub import write_tensors
 
 # %% ../nbs/05_loop.ipynb #1f57e53f

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .formats import UserError
+from .reading import UserError
 from .instructions import _length
 
 # %% ../nbs/02b_votes.ipynb #3b46d00e

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from llm_course.cleaning import (CODE_STEPS, EXTRACTORS, PROSE_STEPS, STEPS, Page, basic_clean, clean_text, decode_page, declared_encoding, drop_control, fix_mojibake,
                                  hidden_characters, html_to_text, latex_to_text, looks_like_html, looks_like_latex, main_text, mask_kinds, repair_scores)
-from llm_course.formats import UserError
+from llm_course.reading import UserError
 
 PIECES = ["<p>", "</p>", "<", ">", "<div class='menu'>", "<script>", "</script>", "<!--", "-->", "<pre>", "<a href=x>", "</a>", "&lt;", "&#", "&#99999999999;", "&amp;", "\\textbf{", "\\begin{", "\\end{x}", "\\[",
           "}", "$", "a@b.cd", "+1 234 5678 90", "10.0.0.1", "2001:db8::1", "We use cookies", "\n", "\r\n", "\x0c", "\u2028", "Ã©", "â€™", "\udc80", "\ud83d", "\ude00", "\u200d", "\u200c", "👩", "ي", "\ufeff", "\u00ad", "e\u0301",

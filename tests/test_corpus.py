@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_course.corpus import CORPUS_STAGES, KINDS, DocumentFiles, hold_out, list_inputs, read_documents, refine, sort_rows, write_documents, write_plan
-from llm_course.formats import DataError, write_jsonl
+from llm_course.reading import DataError, write_jsonl
 from llm_course.mixing import mix
 
 WORDS = "the river runs past an old mill and every child in town knows where its owner keeps bread for those who come late at night".split()

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from llm_course.filtering import (C4_ANY_END, C4_RULES, CHAINS, FINEWEB_RULES, GOPHER_QUALITY, GOPHER_REPETITION, c4_clean, clean_documents, conversation_findings, decide,
                                   failures, funnel, language, pair_findings, rule, screen_conversations, screen_pairs, tag, tag_documents)
-from llm_course.formats import UserError
+from llm_course.reading import UserError
 from llm_course.world import python_code, python_docs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_course.formats import DataError, UserError, write_jsonl
+from llm_course.reading import DataError, UserError, write_jsonl
 from llm_course.mixing import (effective_epochs, epochs_per_source, mix, mix_table, mixture_table, shard_stream, shuffle_buffer, stream_mix, temperature_weights,
                                unimax_weights)
 

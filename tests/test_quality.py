@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_course.classifier import QualityClassifier, auc, bootstrap_interval, calibration_error, filter_by_quality, kept_curve, reliability
-from llm_course.formats import UserError
+from llm_course.reading import UserError
 from llm_course.quality import KneserNey, filter_by_perplexity, lm_tokens, perplexity_buckets, spearman, tag_perplexity
 from llm_course.toxicity import WordList, best_threshold, f1, masked, plain_spelling, word_hash
 

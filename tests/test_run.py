@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ENV, llm_course, metrics_of
-from llm_course.formats import read_rows
+from llm_course.reading import read_rows
 from llm_course.hub import load_model
 from llm_course.pipeline import SIZES, STAGES
 from llm_course.reward import RewardModel

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_course.formats import UserError
+from llm_course.reading import UserError
 from llm_course.instructions import ChatEndpoint, judge_prompt, judge_rows, parse_score, position_bias, select_diverse
 from llm_course.votes import annotator_agreement, cohen_kappa, filter_pairs, krippendorff_alpha, longest_answer_baseline, pair_alpha, vote_margin
 
