@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .reading import DataError, UserError, read_rows
+from .reading import DataError, UserError, data_files, read_rows
 
 # %% ../nbs/01_formats.ipynb #307bd043
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "bing": "assistant",
