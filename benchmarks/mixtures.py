@@ -69,7 +69,7 @@ if __name__ == "__main__":
     per_token = {s: sum(len(t.encode()) for t in texts) / sum(len(i) for i in tokenizer.encode_batch(texts)) for s, texts in val.items()}
     table = {}
     for name, weights in mixtures(available).items():
-        mean_bytes = sum(w * per_token[s] for s, w in weights.items())
+        mean_bytes = 1 / sum(w / per_token[s] for s, w in weights.items())   # weights are shares of bytes: a harmonic mean
         mine = [r["bits"] for r in rows if r["mixture"] == name]
         table[name] = {"weights": {s: round(w, 4) for s, w in weights.items()}, "epochs": {s: round(e, 2) for s, e in epochs_per_source(available, weights, args.tokens * mean_bytes).items()},
                        "mean": {s: round(statistics.mean(b[s] for b in mine), 4) for s in val}, "sd": {s: round(statistics.stdev(b[s] for b in mine), 4) if len(mine) > 1 else None for s in val}}
