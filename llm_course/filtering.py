@@ -154,7 +154,7 @@ def c4_lines(text: str) -> list[tuple[str, str, bool]]:
 
 # %% ../nbs/02_filtering.ipynb #1ef1f7d1
 def c4_clean(text: str, any_end: bool = False) -> tuple[str, Counter]:
-    """The lines that C4 keeps (Raffel et al., 2020, §2.2, and its code), and how many it drops by reason.
+    """The lines that C4 keeps (Raffel et al., 2020, §2.2, as datatrove has it; Google's own code asks for 5 words a line and 3 sentences), and how many it drops by reason.
 
     Reasons: `long_word` (over 1000 characters), `few_words` (under 3), `javascript`, `policy`, `no_end` (none of . ? ! " ', unless `any_end`, as
     FineWeb ran it), and `lorem_ipsum` and `curly_bracket`, for which C4 drops the whole page."""
