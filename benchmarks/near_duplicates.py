@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 from record import arguments, save, testdata
 
-from llm_course.dedup import deduplicate, drop_repeated_lines, exact_duplicates, hamming, jaccard, near_duplicates, shingles, simhash
+from llm_course.dedup import deduplicate, drop_repeated_lines, hamming, jaccard, near_duplicates, shingles, simhash
 from llm_course.evaluate import wilson
 from llm_course.world import inject_mess, make_village, village_documents
 

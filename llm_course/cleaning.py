@@ -9,7 +9,7 @@ __all__ = ['COMMENT', 'CHARSET', 'XML_ENCODING', 'Step', 'LINE_ENDS', 'HIDDEN', 
            'NOT_MASKED', 'EMAIL', 'PHONE', 'IPV4', 'IPV6', 'PII', 'STEPS', 'PROSE_STEPS', 'CODE_STEPS', 'basic_clean',
            'declared_encoding', 'decode_page', 'fix_mojibake', 'normalise_unicode', 'hidden_characters', 'drop_control',
            'squeeze_whitespace', 'trim_lines', 'Block', 'Page', 'main_text', 'looks_like_html', 'html_to_text',
-           'looks_like_latex', 'latex_to_text', 'drop_boilerplate', 'mask_kinds', 'mask_pii', 'clean_text',
+           'looks_like_latex', 'latex_to_text', 'drop_boilerplate', 'mask_kinds', 'mask_pii', 'clean_text', 'wilson',
            'repair_scores']
 
 # %% ../nbs/02_cleaning.ipynb #6b5612ec
@@ -437,11 +437,15 @@ def clean_text(text: str, steps: Sequence[str] = PROSE_STEPS, max_rounds: int = 
     return text, dict(changes)
 
 # %% ../nbs/02_cleaning.ipynb #9aa64baa
-def _wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    "95 % interval of a share of `k` in `n` (Wilson 1927)."
-    p, n = k / max(1, n), max(1, n)
-    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + (z / (2 * n)) ** 2) ** 0.5
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    "Wilson's 95 % interval of a rate (Wilson, 1927); (0, 1) when there were no trials."
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return 0.0 if p == 0 else low, 1.0 if p == 1 else high  # exactly, where rounding would leave a trace
+
 
 # %% ../nbs/02_cleaning.ipynb #25aca9af
 def repair_scores(docs: Sequence[dict], kinds: dict[str, str]) -> dict[str, dict[str, float]]:
@@ -456,7 +460,7 @@ def repair_scores(docs: Sequence[dict], kinds: dict[str, str]) -> dict[str, dict
         meant = [d.get("truth") == kind for d in docs if step in d["changes"]]
         scores[kind] = {}
         for name, hits in (("precision", meant), ("recall", repaired)):
-            low, high = _wilson(sum(hits), len(hits))
+            low, high = wilson(sum(hits), len(hits))
             scores[kind] |= {name: sum(hits) / max(1, len(hits)), f"{name}_low": low, f"{name}_high": high}
         scores[kind]["n"] = len(repaired)
     return scores

@@ -183,7 +183,7 @@ def shard_folder(path: Path):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-
+# %% ../nbs/02d_corpus.ipynb #7268c429
 def write_documents(path: Path, docs: Iterable[dict]) -> int:
     "Documents as JSON lines, with the offset of each line in `<path>.offsets.npy`, so that one document can be read; returns how many."
     offsets = [0]
@@ -200,7 +200,7 @@ def read_documents(path: Path) -> Iterator[dict]:
         for line in f:
             yield json.loads(line.decode("utf-8", "surrogatepass"))
 
-
+# %% ../nbs/02d_corpus.ipynb #078f295e
 class DocumentFiles:
     "Documents of several files by their number over all of them: `files[i]` reads one."
 
@@ -282,7 +282,7 @@ def split(work: Path, rank: int = 0, world: int = 1) -> None:
                 write_documents(out / f"docs-{n:05d}.jsonl", batch)
             write_json(out / "info.json", item | {"counts": dict(counts)})
 
-
+# %% ../nbs/02d_corpus.ipynb #ac241210
 def used_inputs(work: Path, kind: str) -> list[Path]:
     "The folders of the split inputs whose rows of a kind are used, in order: with `replace`, the user's own where there are any."
     plan = read_plan(work)
@@ -306,7 +306,7 @@ def check_sources(work: Path) -> set[str]:
         raise UserError(f"no documents to train on: the sources with documents are {sorted(sources) or 'none'}, the weights {plan['weights']}")
     return sources
 
-
+# %% ../nbs/02d_corpus.ipynb #f73a86a7
 def documents_of(work: Path, stage: str, source: str) -> Iterator[dict]:
     "The documents of a source as a stage left them: `split` (raw), `clean` or `screen`."
     for f in used_inputs(work, "documents"):
@@ -424,7 +424,7 @@ def _surprising(records: list[dict], fractions: dict[str, float]) -> list[dict]:
         gone += scored[:int((1 - fraction) * len(scored) + 1e-9)]
     return sorted(gone, key=lambda r: r["number"])
 
-
+# %% ../nbs/02d_corpus.ipynb #c01e225b
 def _funnel(work: Path, records: list[dict], gone: list[dict]) -> dict:
     "The reports of all shards as one."
     folders = [(_target(work, "clean", s), _target(work, "screen", s)) for s in _shards(work)]
@@ -444,7 +444,7 @@ def _funnel(work: Path, records: list[dict], gone: list[dict]) -> dict:
     removed_ids |= {"high_perplexity": [r["id"] for r in gone]} if gone else {}
     return {"steps": [{"step": "rules"} | dict(total) | {"removed": dict(rules)}, *steps.values(), last], "changed": dict(changed), "removed_ids": removed_ids}
 
-
+# %% ../nbs/02d_corpus.ipynb #3e6edb7b
 def assemble(work: Path, rank: int = 0, world: int = 1) -> None:
     """Choose, hold out and mix: `result/` with `train.jsonl`, `val.jsonl` (rows of text, source, id) and `funnel.json`.
 

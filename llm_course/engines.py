@@ -47,7 +47,7 @@ class Engine:
             raise UserError("the engine slurm needs the partition to run on: --partition NAME (sinfo lists them)")
         self.workers = self.workers or min(self.tasks, os.cpu_count() or 1)
 
-
+# %% ../nbs/02e_engines.ipynb #4589c885
 def _child(call: Callable, arguments: tuple, log: str, answer) -> None:
     "What a worker process does: the call, its output into a file, and what it raised to the parent."
     if hasattr(os, "setsid"):
@@ -88,7 +88,7 @@ def _end_group(pid: int) -> None:
     except (ProcessLookupError, PermissionError, AttributeError):   # gone already; or Windows, where there are no groups
         pass
 
-
+# %% ../nbs/02e_engines.ipynb #35710862
 def _pool(name: str, call: Callable, arguments: list[tuple], workers: int, logs: Path) -> None:
     "Run `call(*a)` for all arguments, each in a fresh process. Raises what a call raises, and UserError when a worker is killed."
     logs.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def _run_slurm(stages: list, engine: Engine, logs: Path, say: Callable[[str], No
     if unfinished := [f"{len(r)} of {name}" for (name, *_), e in zip(stages, chain) if (r := e.get_incomplete_ranks())]:
         raise UserError(f"the jobs have ended, but tasks are missing: {', '.join(unfinished)}; their messages are below {logs}. Run the same command again to repeat them")
 
-
+# %% ../nbs/02e_engines.ipynb #72cd78cd
 def _seconds(limit: str) -> int:
     "`HH:MM:SS` or `D-HH:MM:SS`, as Slurm writes it, in seconds. Raises UserError."
     days, _, clock = limit.rpartition("-")

@@ -9,7 +9,6 @@ __all__ = ['RUBRIC', 'judge_prompt', 'parse_score', 'judge_rows', 'length_bias',
 # %% ../nbs/02b_instructions.ipynb #50c17ba5
 import http.client
 import json
-import math
 import os
 import re
 import time
@@ -20,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 
 from .reading import UserError
 from .quality import lm_tokens, spearman

@@ -3,11 +3,10 @@ import gzip
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENV, llm_course
+from conftest import llm_course
 
 GOOD = b'{"text": "A good line."}\n'
 
