@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'SPECIAL', 'ROLES', 'CHAT_TEMPLATE', 'OPEN', 'CLOSE', 'course_pre_tokenizer', 'train_tokenizer',
-           'sample_stream', 'Tokenizer', 'render_chat', 'chat_ids', 'bytes_per_token']
+           'sample_stream', 'Tokenizer', 'render_chat', 'chat_ids', 'bytes_per_token', 'padded_vocab', 'token_counts',
+           'unreachable_tokens']
 
 # %% ../nbs/03_tokenizer.ipynb #3d68a8cf
 import json
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import lru_cache
 from heapq import heappop, heappush
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -414,3 +416,30 @@ def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     texts = [t for t in texts if t]
     n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
     return sum(len(t.encode()) for t in texts) / max(1, n_tokens)
+
+# %% ../nbs/03_tokenizer.ipynb #30c6199b
+def padded_vocab(n: int, multiple: int = 128) -> int:
+    "The smallest multiple of `multiple` that holds n entries: the model's `vocab_size`. Raises UserError for numbers below 1."
+    if n < 1 or multiple < 1:
+        raise UserError(f"cannot pad {n} entries to a multiple of {multiple}; give numbers from 1 on")
+    return -(-n // multiple) * multiple
+
+# %% ../nbs/03_tokenizer.ipynb #4f2a2b90
+def token_counts(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 1000) -> np.ndarray:
+    "How often each id occurs in the texts, `[vocabulary size]` integers; special tokens are never produced by text."
+    counts, texts = np.zeros(len(tokenizer), np.int64), iter(texts)
+    while part := list(islice(texts, batch)):
+        ids = [i for row in tokenizer.encode_batch(part) for i in row]
+        counts += np.bincount(np.asarray(ids, dtype=np.int64), minlength=len(counts))
+    return counts
+
+# %% ../nbs/03_tokenizer.ipynb #3fcb53a9
+def unreachable_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Ids that their own text does not give back: `encode(decode([i]))` is not `[i]`.
+
+    Special tokens and pieces of a character (no valid UTF-8 alone) are left out: they have no text of their own.
+    After Land and Bartolo, Fishing for Magikarp, 2024."""
+    special = set(tokenizer.special_ids)
+    texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special and tokenizer.fast.id_to_token(i) is not None}
+    whole = {i: t for i, t in texts.items() if "\ufffd" not in t}
+    return [i for i, ids in zip(whole, tokenizer.encode_batch(list(whole.values()))) if ids != [i]]
