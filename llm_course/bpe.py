@@ -280,7 +280,7 @@ def safe_cut(bpe: BPE, text: str, allow_special: bool = False) -> int:
         cut = m.end()
     return cut
 
-
+# %% ../nbs/03_bpe.ipynb #ac7a70b6
 def encode_stream(bpe: BPE, chunks: Iterable[str], allow_special: bool = False, block: int = 1 << 16) -> Iterator[int]:
     """Ids of the text that the chunks make together, wherever they are cut, one after another.
 
@@ -317,14 +317,6 @@ def save_bpe(bpe: BPE, folder: str | Path) -> None:
         (folder / name).write_text(content, encoding="utf-8", newline="\n")
 
 # %% ../nbs/03_bpe.ipynb #078338a4
-def load_bpe(folder: str | Path, vocab: str = "vocab.json", merges: str = "merges.txt") -> BPE:
-    """Read a byte-level BPE tokenizer in GPT-2's form; the file names can differ (GPT-2's own are `encoder.json` and `vocab.bpe`).
-
-    Raises UserError for a missing file and for contradictions, DataError for a broken line."""
-    pairs, ids = _read_merges(Path(folder, merges)), _read_ids(Path(folder, vocab))
-    return BPE(pairs, sorted(ids.keys() - set(map(visible, vocabulary(pairs))), key=ids.get), ids)
-
-
 def _read_merges(path: Path) -> list[tuple[bytes, bytes]]:
     "The pairs of a `merges.txt`."
     pairs = []
@@ -356,3 +348,11 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise DataError(f"this is no UTF-8: {e.reason} at byte {e.start}", path) from None
+
+# %% ../nbs/03_bpe.ipynb #8a9f7a6f
+def load_bpe(folder: str | Path, vocab: str = "vocab.json", merges: str = "merges.txt") -> BPE:
+    """Read a byte-level BPE tokenizer in GPT-2's form; the file names can differ (GPT-2's own are `encoder.json` and `vocab.bpe`).
+
+    Raises UserError for a missing file and for contradictions, DataError for a broken line."""
+    pairs, ids = _read_merges(Path(folder, merges)), _read_ids(Path(folder, vocab))
+    return BPE(pairs, sorted(ids.keys() - set(map(visible, vocabulary(pairs))), key=ids.get), ids)
