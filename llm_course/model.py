@@ -91,13 +91,13 @@ def attention_slowly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
-# %% ../nbs/04_architecture.ipynb #53bbf201
+# %% ../nbs/04_architecture.ipynb #32575051
 def document_mask(doc_ids: Tensor, causal: bool = True) -> Tensor:
     "Mask `[B, 1, T, T]` that lets a token of a packed row look at its own document only; `doc_ids` is `[B, T]`."
     mask = doc_ids[:, :, None] == doc_ids[:, None, :]
     return (mask.tril() if causal else mask)[:, None]
 
-# %% ../nbs/04_architecture.ipynb #04e9a80e
+# %% ../nbs/04_architecture.ipynb #5a09a5bb
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0) -> Tensor:
     """The same by PyTorch's fused kernel: `q` is `[B, H, T, D]`, `k` and `v` are `[B, H_kv, S, D]` where `H_kv` divides `H`.
 
@@ -136,7 +136,7 @@ def rope_frequencies(head_dim: int, theta: float = 10_000.0, scaling: dict | Non
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - smooth) * freq / scaling["factor"] + smooth * freq
 
-# %% ../nbs/04_architecture.ipynb #92b49e92
+# %% ../nbs/04_architecture.ipynb #a93cbf7e
 def rope_tables(head_dim: int, max_seq_len: int, theta: float = 10_000.0, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
     "Cosines and sines `[max_seq_len, head_dim]` of the rotation angles, in float32 (half-split layout, as Llama in transformers)."
     angles = torch.outer(torch.arange(max_seq_len).float(), rope_frequencies(head_dim, theta, scaling))
@@ -188,7 +188,7 @@ class KVCache:
         "Keep only some rows of the batch (those that still generate)."
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
-# %% ../nbs/04_architecture.ipynb #9ed62e1e
+# %% ../nbs/04_architecture.ipynb #b3799def
 class Attention(nn.Module):
     "Multi-head, grouped-query or multi-query self-attention."
 
@@ -228,7 +228,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x) if self.gate_proj else self.act(self.up_proj(x)))
 
-# %% ../nbs/04_architecture.ipynb #ca3dde8a
+# %% ../nbs/04_architecture.ipynb #a84c2b81
 class Block(nn.Module):
     "One layer: attention and feed-forward, each with a residual connection."
 
