@@ -301,8 +301,8 @@ class Transformer(nn.Module):
     def hidden(self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Final hidden states `[B, T, C]` of token ids `[B, T]`.
 
-        `positions` `[B, T]` default to 0…T-1 (after the cache's length); `mask` is boolean, broadcasts to `[B, H, T, S]`
-        and replaces the causal one. Raises UserError for a sequence longer than `max_seq_len`; rows packed from several
+        `positions` `[B, T]` default to 0…T-1 (after the cache's length); `mask` is boolean (or numbers to add
+        to the scores), broadcasts to `[B, H, T, S]` and replaces the causal one. Raises UserError for a sequence longer than `max_seq_len`; rows packed from several
         documents may be longer when their `positions` restart."""
         c, T, start = self.config, ids.shape[1], cache.length if cache is not None else 0
         if positions is None:
