@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'SCALINGS', 'ModelConfig', 'attention_slowly', 'document_mask', 'attention', 'sinusoids',
            'rope_frequencies', 'rope_tables', 'rotate', 'RMSNorm', 'make_norm', 'KVCache', 'Attention', 'MLP', 'Block',
-           'Transformer', 'count_parameters']
+           'Transformer']
 
 # %% ../nbs/04_architecture.ipynb #ae1edd6e
 import math
@@ -290,7 +290,7 @@ class Transformer(nn.Module):
         if c.positions == "learned":
             x = x + self.embed_positions(positions)
         elif c.positions == "sinusoidal":
-            x = x * math.sqrt(c.dim) + self.embed_sinusoids[positions]
+            x = math.sqrt(c.dim) * (x + 0.02 * self.embed_sinusoids[positions])
         return self.drop(x)
 
     def rope(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -329,16 +329,3 @@ class Transformer(nn.Module):
         with the vocabulary, which gives `[N, vocab_size]`: where few tokens bear loss, that saves most of the memory."""
         h = self.hidden(ids, positions, mask, cache)
         return self.head(h if keep is None else h[keep])
-
-# %% ../nbs/04_architecture.ipynb #0a3d2938
-def count_parameters(c: ModelConfig) -> dict[str, int]:
-    "Parameters by part, from the configuration alone; `total` equals what `Transformer(c)` has."
-    D = c.head_dim
-    attention = (c.n_heads + 2 * c.n_kv_heads) * D * (c.dim + c.qkv_bias) + c.n_heads * D * c.dim + c.out_bias * c.dim
-    up = (2 if c.activation == "swiglu" else 1) * c.ffn_dim * (c.dim + c.mlp_bias)
-    norm = lambda d: d * (1 + (c.norm == "layernorm" and c.bias))
-    parts = {"embedding": c.vocab_size * c.dim + (c.max_seq_len * c.dim if c.positions == "learned" else 0),
-             "attention": c.n_layers * attention, "feed-forward": c.n_layers * (up + c.ffn_dim * c.dim + c.mlp_bias * c.dim),
-             "norms": c.n_layers * (2 * norm(c.dim) + 2 * c.qk_norm * norm(D)) + (norm(c.dim) if c.norm_position == "pre" else 0),
-             "output": 0 if c.tie_embeddings else c.vocab_size * c.dim}
-    return parts | {"total": sum(parts.values())}
