@@ -27,7 +27,7 @@ class ColouredTokens:
     """Tokens, some of them marked, with named rows of further texts that line up below them.
 
     Shows as HTML in a notebook; in a terminal a marked token is written `[token]`. In the further rows every text that is not
-    empty is marked."""
+    empty is marked. A line break is shown as ⏎."""
 
     def __init__(self, pieces: Sequence[str], weights: Sequence[float], rows: dict[str, Sequence[str]] | None = None):
         for what, row in [("weights", weights), *((f"entries in row {k!r}", v) for k, v in (rows or {}).items())]:
@@ -38,7 +38,8 @@ class ColouredTokens:
 
     def _table(self) -> list[tuple[str, list[tuple[str, bool]]]]:
         first = [(p, bool(w)) for p, w in zip(self.pieces, self.weights)]
-        return [("input" if self.rows else "", first), *((k, [(t, bool(t)) for t in v]) for k, v in self.rows.items())]
+        rows = [("input" if self.rows else "", first), *((k, [(t, bool(t)) for t in v]) for k, v in self.rows.items())]
+        return [(name, [(t.replace("\n", "⏎"), on) for t, on in row]) for name, row in rows]
 
     def __repr__(self) -> str:
         plain = [[name, *(f"[{t}]" if on else t for t, on in cells)] for name, cells in self._table()]
@@ -68,7 +69,7 @@ def show_task(inputs: Sequence[int], labels: Sequence[int], name: Callable[[int]
     inputs, labels = [int(i) for i in inputs], [int(i) for i in labels]
     text = lambda row: ["" if i == IGNORE else name(i) for i in row]
     hidden = [label not in (IGNORE, i) for i, label in zip(inputs, labels)]
-    return show_tokens([name(i) for i in inputs], hidden, {"label": text(labels), "predicts": text(labels[1:] + [IGNORE] if shift else labels)})
+    return show_tokens([name(i) for i in inputs], hidden, {"label": text(labels), "predicts": text([*labels[1:], IGNORE][:len(labels)] if shift else labels)})
 
 # %% ../nbs/00a_tasks.ipynb #011006f9
 def _summed(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
