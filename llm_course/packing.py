@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reading import UserError
-from .model import Transformer, document_mask
+from .model import document_mask
 from .tasks import IGNORE
 
 # %% ../nbs/05_packing.ipynb #49694e5c

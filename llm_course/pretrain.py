@@ -15,7 +15,7 @@ import torch
 
 from .reading import UserError, read_rows
 from .model import Transformer
-from .packing import TokenRows, packed_logits, packed_loss, stack_rows, write_tokens
+from .packing import packed_logits, packed_loss, stack_rows, write_tokens
 from .tasks import IGNORE, mask_tokens, word_ids
 from .tokenizer import Tokenizer
 from .trainer import Callback, Evaluate, TrainConfig, Trainer, mean_loss

@@ -48,9 +48,10 @@ class ColouredTokens:
 
     def _repr_html_(self) -> str:
         box = "padding:1px 4px;border-radius:3px;border:1px solid rgba(128,128,128,.5);white-space:pre;"
-        colour = "background:rgba(46,160,67,.35);font-weight:bold;"
-        cell = lambda t, on: f'<span style="{box}{colour if on else ""}">{html.escape(t)}</span>' if t else ""
-        rows = ["".join(f'<td style="padding:2px;text-align:left">{c}</td>' for c in (html.escape(name), *(cell(t, on) for t, on in cells)))
+        green, orange = ("background:rgba(46,160,67,.35);font-weight:bold;", "background:rgba(219,109,40,.35);font-weight:bold;")
+        colour = lambda name, on: "" if not on else orange if name == "input" else green
+        cell = lambda name, t, on: f'<span style="{box}{colour(name, on)}">{html.escape(t)}</span>' if t else ""
+        rows = ["".join(f'<td style="padding:2px;text-align:left">{c}</td>' for c in (html.escape(name), *(cell(name, t, on) for t, on in cells)))
                 for name, cells in self._table()]
         return '<div style="overflow-x:auto"><table style="margin:0">' + "".join(f"<tr>{r}</tr>" for r in rows) + "</table></div>"
 
