@@ -22,19 +22,22 @@ from .model import ModelConfig, Transformer
 from .tokenizer import Tokenizer
 
 # %% ../nbs/04b_interop.ipynb #ac525ff2
-LLAMA_ONLY = {"norm": "rmsnorm", "norm_position": "pre", "positions": "rope", "activation": "swiglu", "bias": False, "qk_norm": False, "causal": True}
+LLAMA_ONLY = {"norm": "rmsnorm", "norm_position": "pre", "positions": "rope", "activation": "swiglu", "bias": False, "qk_norm": False}
 
 
 def hf_config(c: ModelConfig, tokenizer: Tokenizer | None = None, reward: bool = False) -> dict:
-    """The `config.json` of a Llama model of this shape; `reward` gives a sequence classifier with one output.
+    """The `config.json` of a Llama model of this shape; `reward` gives a sequence classifier with one output, `causal=False` EuroBERT.
 
     Raises UserError naming each setting that Llama's format cannot express."""
     other = [f"{k}={getattr(c, k)!r} (Llama has {v!r})" for k, v in LLAMA_ONLY.items() if getattr(c, k) != v]
     if other:
         raise UserError("this model cannot be saved in Llama's format: " + ", ".join(other))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id} if tokenizer else {}
-    return {"architectures": ["LlamaForSequenceClassification" if reward else "LlamaForCausalLM"], "model_type": "llama",
-            "vocab_size": c.vocab_size, "hidden_size": c.dim, "intermediate_size": c.ffn_dim, "num_hidden_layers": c.n_layers,
+    kind = {"architectures": ["LlamaForSequenceClassification" if reward else "LlamaForCausalLM"], "model_type": "llama"}
+    if not c.causal:    # EuroBERT is a Llama that looks both ways
+        kind = {"architectures": ["EuroBertForMaskedLM"], "model_type": "eurobert"}
+        ids |= {"mask_token_id": tokenizer.mask_id} if tokenizer else {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "mask_token_id": 0}
+    return kind | {"vocab_size": c.vocab_size, "hidden_size": c.dim, "intermediate_size": c.ffn_dim, "num_hidden_layers": c.n_layers,
             "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads, "head_dim": c.head_dim,
             "max_position_embeddings": c.max_seq_len, "rms_norm_eps": c.norm_eps, "hidden_act": "silu", "attention_bias": False,
             "mlp_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": c.tie_embeddings, "initializer_range": 0.02,
@@ -46,7 +49,7 @@ def from_hf_config(h: dict, where: str = "config.json") -> ModelConfig:
     "The `ModelConfig` of a Llama `config.json`. Raises UserError naming each setting that this course's model does not have."
     rope = h.get("rope_parameters") or {}
     theta = rope.get("rope_theta", h.get("rope_theta"))
-    wrong = {"model_type": h.get("model_type") != "llama", "hidden_act": h.get("hidden_act", "silu") != "silu",
+    wrong = {"model_type": h.get("model_type") not in ("llama", "eurobert"), "hidden_act": h.get("hidden_act", "silu") != "silu",
              "attention_bias": h.get("attention_bias", False), "mlp_bias": h.get("mlp_bias", False),
              "rope_scaling": bool(h.get("rope_scaling")), "rope_parameters": rope.get("rope_type", "default") != "default",
              "rope_theta": theta is None, "sliding_window": bool(h.get("sliding_window"))}
@@ -57,7 +60,7 @@ def from_hf_config(h: dict, where: str = "config.json") -> ModelConfig:
         raise UserError(f"{where}: head_dim={h['head_dim']} times {heads} heads is not hidden_size={h['hidden_size']}")
     return ModelConfig(h["vocab_size"], dim=h["hidden_size"], n_layers=h["num_hidden_layers"], n_heads=heads, n_kv_heads=h.get("num_key_value_heads", heads),
                        ffn_dim=h["intermediate_size"], max_seq_len=h["max_position_embeddings"], rope_theta=float(theta),
-                       norm_eps=h.get("rms_norm_eps", 1e-6), tie_embeddings=h.get("tie_word_embeddings", False))
+                       norm_eps=h.get("rms_norm_eps", 1e-6), tie_embeddings=h.get("tie_word_embeddings", False), causal=h.get("model_type") == "llama")
 
 # %% ../nbs/04b_interop.ipynb #dc01ca2d
 def hf_tensors(model: Transformer) -> dict[str, Tensor]:
