@@ -66,8 +66,7 @@ def rounded(ratio: tuple[float, float, float]) -> dict:
 
 def compression(tokenizer: Tokenizer, texts: list[str]) -> dict:
     tokens = text_sizes(texts, "token", tokenizer)
-    return {"n": len(texts), "bytes_per_token": rounded(ratio_interval(text_sizes(texts, "byte"), tokens)),
-            "characters_per_token": rounded(ratio_interval(text_sizes(texts, "character"), tokens))}
+    return {"n": len(texts), "bytes_per_token": rounded(ratio_interval(text_sizes(texts, "byte"), tokens))}
 
 
 def by_language(tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict:
@@ -76,7 +75,8 @@ def by_language(tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict:
     for lang, lines in texts.items():
         tokens = text_sizes(lines, "token", tokenizer)
         unit = "character" if lang == "zh" else "word"
-        out[lang] = compression(tokenizer, lines) | {"per": unit, "fertility": rounded(ratio_interval(tokens, text_sizes(lines, unit))),
+        per_token = rounded(ratio_interval(text_sizes(lines, "character"), tokens))
+        out[lang] = compression(tokenizer, lines) | {"characters_per_token": per_token, "per": unit, "fertility": rounded(ratio_interval(tokens, text_sizes(lines, unit))),
                                                      "premium": rounded(ratio_interval(tokens, english))}
     return out
 

@@ -161,7 +161,7 @@ class Lattice:
         kept = new[self.piece] >= 0
         return Lattice(self.word[kept], self.start[kept], self.end[kept], new[self.piece[kept]], self.length)
 
-# %% ../nbs/03a_unigram.ipynb #a438536c
+# %% ../nbs/03a_unigram.ipynb #6a71bcf7
 def _combine(values: np.ndarray, first: np.ndarray, best: bool) -> np.ndarray:
     "Log of the summed exponentials (or the maximum) of each run of `values`; runs begin at the places `first`."
     top = np.maximum.reduceat(values, first)
@@ -172,7 +172,7 @@ def _combine(values: np.ndarray, first: np.ndarray, best: bool) -> np.ndarray:
     with np.errstate(divide="ignore"):  # a sum of zeros is log 0 = -inf, as it should be
         return top + np.log(np.add.reduceat(np.exp(values - np.repeat(top, runs)), first))
 
-
+# %% ../nbs/03a_unigram.ipynb #61095741
 def path_scores(lattice: Lattice, scores: np.ndarray, best: bool = False, backward: bool = False) -> np.ndarray:
     """Log of the summed probability of all ways to each position of each word: [W, longest + 1], -inf where none leads.
 
@@ -208,7 +208,7 @@ def _losses(pieces: Sequence[str], scores: np.ndarray) -> np.ndarray:
     substitute = path_scores(lattice, scores, best=True)[np.arange(len(pieces)), lattice.length]
     return np.exp(scores) * (scores - substitute)
 
-# %% ../nbs/03a_unigram.ipynb #30f99f28
+# %% ../nbs/03a_unigram.ipynb #e96e9c4b
 def _start(words: Mapping[str, int], alphabet: Iterable[str], n_seeds: int, longest: int) -> tuple[list[str], np.ndarray]:
     "The first pieces, all characters before the seeds, and their scores by count."
     characters = Counter(dict.fromkeys(sorted(alphabet), 0))
@@ -219,7 +219,7 @@ def _start(words: Mapping[str, int], alphabet: Iterable[str], n_seeds: int, long
     weights = np.maximum(np.array(list(counts.values()), float), _LEAST)
     return list(counts), np.log(weights / weights.sum())
 
-
+# %% ../nbs/03a_unigram.ipynb #0585d02b
 def train_unigram(words: Mapping[str, int], n_pieces: int, alphabet: Iterable[str] = (), longest: int = 16,
                   seeds: int = 5, keep: float = 0.75) -> dict[str, float]:
     """Train a Unigram model: piece -> score (log-probability in nats), at most `n_pieces` of them, every character among them.
@@ -267,7 +267,7 @@ def count_words(texts: Iterable[str], cut: pre_tokenizers.PreTokenizer, longest:
             counts.update([word] if len(word) <= longest else (word[i:i + longest] for i in range(0, len(word), longest)))
     return counts
 
-# %% ../nbs/03a_unigram.ipynb #a394cd2f
+# %% ../nbs/03a_unigram.ipynb #fbfb87cf
 _NEVER = -1e4  # a score that no segmentation of a text can prefer
 
 
@@ -281,7 +281,7 @@ def unigram_tokenizer(scores: Mapping[str, float], cut: pre_tokenizers.PreTokeni
     fast.pre_tokenizer, fast.decoder = cut, decoders.ByteLevel()
     return Tokenizer(fast)
 
-
+# %% ../nbs/03a_unigram.ipynb #dd7409e2
 def train_unigram_tokenizer(texts: Iterable[str], vocab_size: int, pattern: str = "") -> Tokenizer:
     """Train a byte-level Unigram tokenizer on a stream of texts; special tokens take the first ids.
 
@@ -296,7 +296,7 @@ def train_unigram_tokenizer(texts: Iterable[str], vocab_size: int, pattern: str 
         raise UserError("no text to train a tokenizer on; check the data sources of this run")
     return unigram_tokenizer(train_unigram(words, vocab_size - len(SPECIAL_TOKENS), alphabet), cut)
 
-# %% ../nbs/03a_unigram.ipynb #81b168c2
+# %% ../nbs/03a_unigram.ipynb #84fc9016
 def text_sizes(texts: Sequence[str], unit: str, tokenizer: Tokenizer | None = None) -> np.ndarray:
     """Size of each text in "byte"s, "character"s, "word"s (between white space) or "token"s of a tokenizer: int64 [texts].
 
@@ -308,7 +308,7 @@ def text_sizes(texts: Sequence[str], unit: str, tokenizer: Tokenizer | None = No
         raise UserError(f"unit={unit!r}: byte, character, word, or token with a tokenizer")
     return np.array([count(t) for t in texts], np.int64)
 
-
+# %% ../nbs/03a_unigram.ipynb #c3af032b
 def ratio_interval(top: np.ndarray, bottom: np.ndarray, n: int = 1000, seed: int = 0) -> tuple[float, float, float]:
     """sum(top) / sum(bottom) and its 95 % bootstrap interval, drawing texts with both their sizes: (ratio, low, high).
 
