@@ -98,6 +98,8 @@ def chat(folder: str | Path, name: str | None = None, system: str = "", prompt: 
     from llm_course.tokenizer import Tokenizer
     path = model_folder(folder, name)
     model, tokenizer, sampling = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu"), Tokenizer.load(path), Sampling(temperature, top_p=top_p)
+    if not model.config.causal:
+        raise UserError(f"{path} holds an encoder (pretrain.objective=mlm), which fills blanks and cannot write; see llm_course.pretrain.fill_blanks")
     room = model.config.max_seq_len - min(max_new_tokens, model.config.max_seq_len // 3)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -158,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
         s.add_argument("--size", help="laptop (default), gpu, cluster or smoke")
         s.add_argument("--out", help="folder of the run (default: runs/SIZE)")
         s.add_argument("--set", dest="changes", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings, for instance pretrain.lr=0.002")
+        s.add_argument("--objective", choices=("clm", "mlm"), help="pretraining by the next token (clm, the default) or by filling blanks (mlm: an encoder, the chain ends with it); short for --set pretrain.objective=…")
         s.add_argument("--data", nargs="+", action="extend", default=[], metavar="PATH[=WEIGHT]", help="files, folders or patterns to add (JSONL, JSON, Parquet, CSV, text, compressed or not), or - for standard input")
         s.add_argument("--dataset", nargs="+", action="extend", default=[], metavar="NAME[:CONFIG][=WEIGHT]", help="data sets of the Hugging Face hub, or local folders of them")
         s.add_argument("--replace", action="store_true", help="use the data given instead of the course's own, not beside it")
@@ -196,6 +199,8 @@ def _chain(args: argparse.Namespace) -> None:
     from llm_course import pipeline
     from llm_course.engines import Engine
     from llm_course.report import summary
+    if args.objective:
+        args.changes = [*args.changes, f"pretrain.objective={args.objective}"]
     given = bool(args.size or args.changes or args.data or args.dataset or args.replace)
     out = Path(args.out or f"runs/{args.size or 'laptop'}")
     settings = None
