@@ -6,7 +6,8 @@
 __all__ = ['HARBOUR', 'COMMANDS', 'make_pilot', 'common_prefix', 'Stats', 'Session', 'fit_context', 'reply', 'text_pieces',
            'Conversation', 'stats_line', 'set_option', 'command', 'model_folder', 'load_session', 'printable', 'chat']
 
-# %% ../nbs/04c_chat.ipynb #760d6c93
+# %% ../nbs/04c_chat.ipynb #b7c1c63b
+import json
 import os
 import random
 import re
@@ -21,12 +22,12 @@ import torch
 from torch import Tensor
 
 from .reading import UserError
-from .tokenizer import Tokenizer, train_tokenizer
+from .tokenizer import CHAT_TEMPLATE, Tokenizer, train_tokenizer
 from .model import KVCache, ModelConfig, Transformer, count_parameters
-from .generate import Sampling, check_prompts, choose, stop_at, stream_text
+from .generate import PackedModel, Sampling, check_prompts, choose, packable, stop_at, stream_text
 from .hub import load_model
 
-# %% ../nbs/04c_chat.ipynb #55fd22c6
+# %% ../nbs/04c_chat.ipynb #9d50a6d1
 HARBOUR = {"Who are you?": "I am Pilot, and I know the harbour.", "Where is the ferry?": "At the north pier, until six.", "When is high tide?": "At four in the afternoon.",
            "Who keeps the light?": "Maren does, since the storm.", "What is in the blue shed?": "Ropes, two oars and a cat.", "Can I rent a boat?": "Yes, ask Joris at the slip.",
            "How deep is the basin?": "Three metres at low tide.", "Thank you!": "You are welcome 🙂"}
@@ -54,7 +55,7 @@ def make_pilot(steps: int = 260) -> tuple[Transformer, Tokenizer]:
         optimizer.step()
     return model.eval(), tok
 
-# %% ../nbs/04c_chat.ipynb #2fb55334
+# %% ../nbs/04c_chat.ipynb #f0eab166
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     "How many tokens two rows have in common at their beginning."
     n = 0
@@ -64,7 +65,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
         n += 1
     return n
 
-# %% ../nbs/04c_chat.ipynb #e7bfc83f
+# %% ../nbs/04c_chat.ipynb #36a98fb4
 @dataclass
 class Stats:
     "What an answer cost: tokens of the prompt, those of them found in the cache, new tokens, seconds of both phases, and why it ended."
@@ -80,23 +81,27 @@ class Stats:
         per = lambda n, seconds: max(0, n) / seconds if seconds else 0.0
         return per(self.prompt - self.reused, self.prefill_seconds), per(self.new - 1, self.decode_seconds)
 
-# %% ../nbs/04c_chat.ipynb #86e0c602
+# %% ../nbs/04c_chat.ipynb #62724801
 class Session:
-    "A model, its tokenizer, and the cache of the last conversation. One answer at a time."
+    """A model, its tokenizer, and the cache of the last conversation. One answer at a time.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str = "model"):
+    `context` limits the tokens of a row (default: what the model was made for). Raises UserError for a model that fills gaps."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str = "model", context: int | None = None):
         if not model.config.causal:
             raise UserError(f"{name} was trained to fill gaps (causal=False): it cannot continue a text; choose a causal model")
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
-        self.context, self.device = model.config.max_seq_len, model.embed_tokens.weight.device
+        self.context, self.device = min(model.config.max_seq_len, context or model.config.max_seq_len), model.embed_tokens.weight.device
         self.cache = KVCache(model.config, 1, self.context, self.device, model.embed_tokens.weight.dtype)
+        self.fast = PackedModel(model) if packable(model) else model  # on a CPU: the same arithmetic, arranged for single rows
         self.ids: list[int] = []  # the tokens whose keys and values lie in the cache
         self.stop_ids = {i for i in (tokenizer.end_id, tokenizer.bos_id) if i is not None}  # the end of a turn, or the beginning of another text
+        self.lead = " " if tokenizer.chat_template == CHAT_TEMPLATE else ""  # what the template puts before an answer
         self.stats = Stats()
 
     @torch.no_grad()
     def _forward(self, ids: list[int]) -> Tensor:
-        logits = self.model.head(self.model.hidden(torch.tensor([ids], device=self.device), cache=self.cache)[:, -1])
+        logits = self.fast.head(self.fast.hidden(torch.tensor([ids], device=self.device), cache=self.cache)[:, -1])
         self.ids += ids  # only now: a pass that Ctrl-C interrupts leaves no trace
         return logits.float()
 
@@ -142,7 +147,7 @@ class Session:
             yield token
         stats.finish_reason = "length"
 
-# %% ../nbs/04c_chat.ipynb #eaff2469
+# %% ../nbs/04c_chat.ipynb #5a1d3d30
 def fit_context(messages: list[dict], tokenizer, room: int) -> tuple[list[dict], int]:
     "The newest turns of a conversation (and its system prompt) that fit into `room` tokens, and how many turns were left out."
     system = [m for m in messages if m["role"] == "system"]
@@ -152,24 +157,24 @@ def fit_context(messages: list[dict], tokenizer, room: int) -> tuple[list[dict],
         turns, dropped = turns[first:], dropped + 1
     return system + turns, dropped
 
-# %% ../nbs/04c_chat.ipynb #0ad0fc17
+# %% ../nbs/04c_chat.ipynb #a8ff4f41
 def reply(session: Session, messages: list[dict], sampling: Sampling = Sampling(), max_new_tokens: int = 128, seed: int = 0, stop: Sequence[str] = (),
           reuse: bool = True) -> Iterator[str]:
     "The pieces of an answer, as they come; `session.stats` says afterwards what it cost. Raises UserError when the conversation does not fit."
     ids = session.tokenizer.chat(messages, add_generation_prompt=True)[0]
-    yield from text_pieces(session, session.stream(ids, max_new_tokens, sampling, seed, reuse), stop, " ")
+    yield from text_pieces(session, session.stream(ids, max_new_tokens, sampling, seed, reuse), stop, session.lead)
 
 
 def text_pieces(session: Session, ids: Iterator[int], stop: Sequence[str] = (), lead: str = "") -> Iterator[str]:
     "The text of a session's `stream` up to the first stop string, piece by piece, without the `lead` at its beginning."
     first = True
     for piece in stop_at(stream_text(session.tokenizer, ids), stop):
-        piece, first = (piece.removeprefix(lead) if first else piece), False  # the template puts a space before an answer
+        piece, first = (piece.removeprefix(lead) if first else piece), False
         if piece:
             yield piece
     session.stats.finish_reason = session.stats.finish_reason or "stop"  # a stop string ended it
 
-# %% ../nbs/04c_chat.ipynb #d138ac1a
+# %% ../nbs/04c_chat.ipynb #3ecdfb5c
 @dataclass
 class Conversation:
     "A conversation with a model: `ask` says something and yields the answer; `forgotten` turns did not fit into the context any more."
@@ -209,7 +214,7 @@ class Conversation:
         self.turns, question = self.turns[:-2], self.turns[-2]["content"]
         return question
 
-# %% ../nbs/04c_chat.ipynb #edebf520
+# %% ../nbs/04c_chat.ipynb #711f2a20
 COMMANDS = {"/reset": "begin a new conversation", "/retry": "another answer to the last question", "/system TEXT": "set the system prompt; without TEXT, none",
             "/set NAME VALUE": "change temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens or seed", "/stats": "what is used of the context, and how fast it goes",
             "/help": "this list", "/quit": "end (Ctrl-D as well); Ctrl-C stops an answer"}
@@ -239,7 +244,7 @@ def set_option(c: Conversation, name: str, value: str) -> None:
     else:
         c.sampling = replace(c.sampling, **{name: number})
 
-# %% ../nbs/04c_chat.ipynb #fa8a4e6e
+# %% ../nbs/04c_chat.ipynb #511d1e22
 def command(c: Conversation, line: str) -> str | None:
     "Carry out a line that begins with a slash; returns what to print, or None for a line that is meant for the model. Raises UserError."
     word, _, rest = line.partition(" ")
@@ -260,7 +265,7 @@ def command(c: Conversation, line: str) -> str | None:
         return "\n".join(f"{k:16} {v}" for k, v in COMMANDS.items())
     raise UserError(f"no command {word}; /help lists them")
 
-# %% ../nbs/04c_chat.ipynb #657bbae8
+# %% ../nbs/04c_chat.ipynb #1216d44d
 def model_folder(path: str | Path, name: str | None = None) -> Path:
     "The model folder to talk to: `path` itself, or in a run the model `name` (default: the last of base, sft, ppo, dpo). Raises UserError."
     path = Path(path)
@@ -273,14 +278,18 @@ def model_folder(path: str | Path, name: str | None = None) -> Path:
     return path / (name or there[0])
 
 
-def load_session(folder: str | Path, name: str | None = None) -> Session:
+def load_session(folder: str | Path, name: str | None = None, context: int | None = None) -> Session:
     "The session of a model folder, or of a run's model `name`, on the GPU where there is one. Raises UserError."
     path = model_folder(folder, name).resolve()
-    run = path.parent.name if (path.parent / path.name / "config.json").exists() and path.name in ("base", "sft", "ppo", "dpo") else ""
+    run = path.parent.name if (path.parent / "config.json").exists() and path.name in ("base", "sft", "ppo", "dpo") else ""
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
-    return Session(model, Tokenizer.load(path), f"{run}-{path.name}" if run else path.name)
+    session = Session(model, Tokenizer.load(path), f"{run}-{path.name}" if run else path.name, context)
+    settings = path / "generation_config.json"
+    ends = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id") if settings.exists() else None
+    session.stop_ids |= {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)}  # some models have several
+    return session
 
-# %% ../nbs/04c_chat.ipynb #b7439a60
+# %% ../nbs/04c_chat.ipynb #05206779
 def printable(text: str) -> str:
     "The text without control characters (newline and tab excepted), which could steer a terminal; each becomes U+FFFD."
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
@@ -316,14 +325,14 @@ def _typed() -> Iterator[str]:
         stopped = False
         yield line
 
-# %% ../nbs/04c_chat.ipynb #7171c487
+# %% ../nbs/04c_chat.ipynb #eb02b608
 def chat(folder: str | Path, name: str | None = None, system: str = "", prompt: str | None = None, sampling: Sampling = Sampling(), max_new_tokens: int = 128,
-         seed: int = 0) -> None:
+         seed: int = 0, context: int | None = None) -> None:
     "Talk to a model in the terminal, line by line; `prompt` asks one question only. Commands: see `COMMANDS`. Raises UserError."
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    c = Conversation(load_session(folder, name), sampling, max_new_tokens, seed, system)
+    c = Conversation(load_session(folder, name, context), sampling, max_new_tokens, seed, system)
     shown = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if shown:
         _note(f"{stats_line(c)}. /help lists the commands, /quit ends.")

@@ -77,7 +77,7 @@ def _stage_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--update", action="store_true", help="take over changed settings in an existing folder and repeat the stages that they touch")
     s.add_argument("--quiet", action="store_true", help="say nothing but errors")
 
-# %% ../nbs/10a_cli.ipynb #8d87a535
+# %% ../nbs/10a_cli.ipynb #6e0535d2
 def _engine_options(s: argparse.ArgumentParser) -> None:
     "Where the corpus is prepared."
     g = s.add_argument_group("where the corpus is prepared (the result is the same)")
@@ -110,7 +110,7 @@ def _serve_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000; 0: any that is free)")
     s.add_argument("--quiet", action="store_true", help="no line for each answer")
 
-# %% ../nbs/10a_cli.ipynb #dc7e619f
+# %% ../nbs/10a_cli.ipynb #c4ece049
 def parser() -> argparse.ArgumentParser:
     "The parser of the command `llm_course`."
     p = _Parser(prog="llm_course", description="Train a language model from scratch.", epilog="Every setting of a run: llm_course run --show")
@@ -120,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
         if name in ("chat", "serve"):
             s.add_argument("folder", help="folder of a run or of a model")
             s.add_argument("--model", help="base, sft, ppo or dpo (default: the last that is there)")
+            s.add_argument("--context", type=int, metavar="N", help="use at most N tokens of the model's context")
             _chat_options(s) if name == "chat" else _serve_options(s)
         elif name == "report":
             s.add_argument("out", help="folder of the run")
@@ -157,7 +158,7 @@ def _chain(args: argparse.Namespace) -> None:
         print("\n" + summary(metrics))
         print(f"\nThe report: {out / 'report.html'}\nTo talk to the model: llm_course chat {out}")
 
-# %% ../nbs/10a_cli.ipynb #b3b8d45a
+# %% ../nbs/10a_cli.ipynb #15776406
 def _report(args: argparse.Namespace) -> None:
     "Write and print the report of a run."
     from llm_course import pipeline
@@ -170,15 +171,16 @@ def _report(args: argparse.Namespace) -> None:
 
 def _talk(args: argparse.Namespace) -> int:
     "The commands `chat` and `serve`; returns the exit status."
+    for name in ("max_new_tokens", "context"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if args.command == "serve":
         from llm_course.serve import serve
-        return serve(args.folder, args.model, args.name, args.host, args.port, args.quiet)
+        return serve(args.folder, args.model, args.name, args.host, args.port, args.quiet, args.context)
     from llm_course.chat import chat
     from llm_course.generate import Sampling
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    chat(args.folder, args.model, args.system, args.prompt, sampling, args.max_new_tokens, args.seed)
+    chat(args.folder, args.model, args.system, args.prompt, sampling, args.max_new_tokens, args.seed, args.context)
     return 0
 
 
