@@ -23,7 +23,7 @@ SHAPES = {  # name: configuration; batch x length of a training step; tokens of 
     "laptop": (ModelConfig(1024, dim=128, n_layers=4, n_heads=4, max_seq_len=256), [(8, 128), (32, 128)], (32, 96)),
     "medium": (ModelConfig(8192, dim=384, n_layers=6, n_heads=6, max_seq_len=512), [(1, 512), (8, 128)], (32, 64)),
     "SmolLM2-135M": (ModelConfig(49152, dim=576, n_layers=30, n_heads=9, n_kv_heads=3, ffn_dim=1536, max_seq_len=2048, rope_theta=100_000.0),
-                     [(1, 128)], (8, 8)),
+                     [(1, 128)], (8, 32)),
 }
 
 

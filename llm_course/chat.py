@@ -6,7 +6,7 @@
 __all__ = ['HARBOUR', 'COMMANDS', 'make_pilot', 'common_prefix', 'Stats', 'Session', 'fit_context', 'reply', 'text_pieces',
            'Conversation', 'stats_line', 'set_option', 'command', 'model_folder', 'load_session', 'printable', 'chat']
 
-# %% ../nbs/04c_chat.ipynb #b7c1c63b
+# %% ../nbs/04c_chat.ipynb #57f3512b
 import json
 import os
 import random
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .reading import UserError
 from .tokenizer import CHAT_TEMPLATE, Tokenizer, train_tokenizer
-from .model import KVCache, ModelConfig, Transformer, count_parameters
+from .model import KVCache, ModelConfig, Transformer
 from .generate import PackedModel, Sampling, check_prompts, choose, packable, stop_at, stream_text
 from .hub import load_model
 
@@ -81,15 +81,15 @@ class Stats:
         per = lambda n, seconds: max(0, n) / seconds if seconds else 0.0
         return per(self.prompt - self.reused, self.prefill_seconds), per(self.new - 1, self.decode_seconds)
 
-# %% ../nbs/04c_chat.ipynb #62724801
+# %% ../nbs/04c_chat.ipynb #be01c02b
 class Session:
     """A model, its tokenizer, and the cache of the last conversation. One answer at a time.
 
-    `context` limits the tokens of a row (default: what the model was made for). Raises UserError for a model that fills gaps."""
+    `context` limits the tokens of a row (default: what the model was made for). Raises UserError for an encoder."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str = "model", context: int | None = None):
         if not model.config.causal:
-            raise UserError(f"{name} was trained to fill gaps (causal=False): it cannot continue a text; choose a causal model")
+            raise UserError(f"{name} holds an encoder (pretrain.objective=mlm), which fills blanks and cannot write; see llm_course.pretrain.fill_blanks")
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self.context, self.device = min(model.config.max_seq_len, context or model.config.max_seq_len), model.embed_tokens.weight.device
         self.cache = KVCache(model.config, 1, self.context, self.device, model.embed_tokens.weight.dtype)
@@ -214,7 +214,7 @@ class Conversation:
         self.turns, question = self.turns[:-2], self.turns[-2]["content"]
         return question
 
-# %% ../nbs/04c_chat.ipynb #711f2a20
+# %% ../nbs/04c_chat.ipynb #5a9f878a
 COMMANDS = {"/reset": "begin a new conversation", "/retry": "another answer to the last question", "/system TEXT": "set the system prompt; without TEXT, none",
             "/set NAME VALUE": "change temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens or seed", "/stats": "what is used of the context, and how fast it goes",
             "/help": "this list", "/quit": "end (Ctrl-D as well); Ctrl-C stops an answer"}
@@ -225,7 +225,7 @@ def stats_line(c: Conversation) -> str:
     s, stats = c.session, c.session.stats
     prefill, decode = stats.rates()
     speed = f"; prefill {prefill:,.0f} tokens/s ({stats.reused} of {stats.prompt} tokens were in the cache), decoding {decode:,.0f} tokens/s" if stats.prefill_seconds else ""
-    return f"{s.name}: {count_parameters(s.model.config)['total']:,} parameters, {len(s.ids)} of {s.context} tokens of the context used{speed}"
+    return f"{s.name}: {sum(p.numel() for p in s.model.parameters()):,} parameters, {len(s.ids)} of {s.context} tokens of the context used{speed}"
 
 
 def set_option(c: Conversation, name: str, value: str) -> None:

@@ -71,13 +71,14 @@ def _stage_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--size", help="laptop (default), gpu, cluster or smoke")
     s.add_argument("--out", help="folder of the run (default: runs/SIZE)")
     s.add_argument("--set", dest="changes", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings, for instance pretrain.lr=0.002")
+    s.add_argument("--objective", choices=("clm", "mlm"), help="pretraining by the next token (clm, the default) or by filling blanks (mlm: an encoder, the chain ends with it); short for --set pretrain.objective=…")
     s.add_argument("--data", nargs="+", action="extend", default=[], metavar="PATH[=WEIGHT]", help="files, folders or patterns to add (JSONL, JSON, Parquet, CSV, text, compressed or not), or - for standard input")
     s.add_argument("--dataset", nargs="+", action="extend", default=[], metavar="NAME[:CONFIG][=WEIGHT]", help="data sets of the Hugging Face hub, or local folders of them")
     s.add_argument("--replace", action="store_true", help="use the data given instead of the course's own, not beside it")
     s.add_argument("--update", action="store_true", help="take over changed settings in an existing folder and repeat the stages that they touch")
     s.add_argument("--quiet", action="store_true", help="say nothing but errors")
 
-# %% ../nbs/10a_cli.ipynb #6e0535d2
+# %% ../nbs/10a_cli.ipynb #8d87a535
 def _engine_options(s: argparse.ArgumentParser) -> None:
     "Where the corpus is prepared."
     g = s.add_argument_group("where the corpus is prepared (the result is the same)")
@@ -110,7 +111,7 @@ def _serve_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000; 0: any that is free)")
     s.add_argument("--quiet", action="store_true", help="no line for each answer")
 
-# %% ../nbs/10a_cli.ipynb #c4ece049
+# %% ../nbs/10a_cli.ipynb #b40e043e
 def parser() -> argparse.ArgumentParser:
     "The parser of the command `llm_course`."
     p = _Parser(prog="llm_course", description="Train a language model from scratch.", epilog="Every setting of a run: llm_course run --show")
@@ -141,6 +142,8 @@ def _chain(args: argparse.Namespace) -> None:
     from llm_course import pipeline
     from llm_course.engines import Engine
     from llm_course.report import summary
+    if args.objective:
+        args.changes = [*args.changes, f"pretrain.objective={args.objective}"]
     given = bool(args.size or args.changes or args.data or args.dataset or args.replace)
     out = Path(args.out or f"runs/{args.size or 'laptop'}")
     settings = None
@@ -158,7 +161,7 @@ def _chain(args: argparse.Namespace) -> None:
         print("\n" + summary(metrics))
         print(f"\nThe report: {out / 'report.html'}\nTo talk to the model: llm_course chat {out}")
 
-# %% ../nbs/10a_cli.ipynb #15776406
+# %% ../nbs/10a_cli.ipynb #fc7e55e6
 def _report(args: argparse.Namespace) -> None:
     "Write and print the report of a run."
     from llm_course import pipeline

@@ -126,7 +126,11 @@ def pack_linear(maps: Sequence[nn.Module], rows: int = 1) -> Callable[[Tensor], 
 
 # %% ../nbs/04a_generation.ipynb #2b91d5d6
 def _fast_norm(m: nn.Module) -> Callable[[Tensor], Tensor]:
-    return partial(F.rms_norm, normalized_shape=m.weight.shape, weight=m.weight, eps=m.eps) if type(m) is RMSNorm else m
+    if type(m) is not RMSNorm:
+        return m
+    C = len(m.weight)  # x / sqrt(mean square + eps) = sqrt(C) x / sqrt(length² + C eps): four calls in place of six
+    gain, floor = m.weight.detach() * math.sqrt(C), torch.tensor(math.sqrt(C * m.eps))
+    return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor) * gain
 
 
 def packable(model: Transformer) -> bool:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_tokens', 'document_ids', 'TokenRows', 'stack_rows', 'best_fit', 'pack_examples', 'restarting_positions',
-           'packed_loss']
+           'packed_logits', 'packed_loss']
 
 # %% ../nbs/05_packing.ipynb #6a91f094
 import json
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reading import UserError
-from .model import Transformer, document_mask
+from .model import document_mask
 from .tasks import IGNORE
 
 # %% ../nbs/05_packing.ipynb #49694e5c
@@ -116,13 +116,20 @@ def restarting_positions(doc_ids: Tensor) -> Tensor:
     return index - (index * starts).cummax(1).values
 
 
+def packed_logits(model, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
+    "Logits `[N, V]` of packed rows (`input_ids`, `doc_ids`) at the positions where `keep` `[B, T]` is true; each token sees its own document."
+    config = getattr(model, "module", model).config      # a model wrapped for several processes, or not
+    positions = restarting_positions(batch["doc_ids"]) if config.positions in ("learned", "sinusoidal") else None
+    return model(batch["input_ids"], positions, document_mask(batch["doc_ids"], config.causal), keep=keep)
+
+
 def packed_loss(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict]:
     """Cross-entropy sum and token count of packed rows (`input_ids`, `labels`, `doc_ids`), for the trainer.
 
-    `model` is a `Transformer`, wrapped for several processes or not."""
-    config = getattr(model, "module", model).config
-    positions = restarting_positions(batch["doc_ids"]) if config.positions in ("learned", "sinusoidal") else None
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+    `model` is a `Transformer`, wrapped for several processes or not. A causal one predicts the next token; an encoder
+    (`causal=False`) the token at the label's own place, and looks at its document on both sides."""
+    causal = getattr(model, "module", model).config.causal
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE) if causal else batch["labels"]
     keep = targets != IGNORE
-    logits = model(batch["input_ids"], positions, document_mask(batch["doc_ids"], config.causal), keep=keep)
+    logits = packed_logits(model, batch, keep)
     return F.cross_entropy(logits.float(), targets[keep], reduction="sum"), keep.sum(), {}

@@ -41,9 +41,10 @@ from .model import ModelConfig, Transformer
 from .packing import TokenRows, pack_examples
 from .ppo import PPOConfig, train_ppo
 from .preference import add_reference, train_preference
-from .pretrain import bits_per_byte, pretrain, tokenize_corpus
+from .pretrain import MaskedRows, bits_per_byte, fill_blanks, masked_accuracy, pretrain, tokenize_corpus
 from .report import read_log, write_report
 from .reward import RewardModel, as_gold, pair_correctness, pair_examples, train_reward
+from .tasks import word_tables
 from .sft import sft, sft_examples, wake_special_tokens
 from .tokenizer import Tokenizer, bytes_per_token, train_tokenizer
 from .trainer import Callback, Progress, TrainConfig, Trainer, autocast_of, checkpoints, make_accelerator, seed_all
@@ -59,7 +60,8 @@ LAPTOP = {
              "files": [], "datasets": [], "dataset_bytes": 50_000_000, "replace": False, "local_dir": ""},
     "tokenizer": {"vocab_size": 2048, "sample_bytes": 6_000_000},
     "model": {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 0, "max_seq_len": 128, "rope_theta": 10_000.0},
-    "pretrain": {"tokens": 10_500_000, "batch_size": 16, "micro_batch": 0, "lr": 4e-3, "optimizer": "muon", "warmup": 0.02, "weight_decay": 0.1, "precision": "auto"},
+    "pretrain": {"tokens": 10_500_000, "batch_size": 16, "micro_batch": 0, "lr": 4e-3, "optimizer": "muon", "warmup": 0.02, "weight_decay": 0.1, "precision": "auto",
+                 "objective": "clm", "mask_share": 0.15, "whole_words": False},
     "sft": {"epochs": 2.0, "batch_size": 8, "micro_batch": 0, "lr": 3e-4, "weight_decay": 0.01, "precision": "auto"},
     "reward": {"epochs": 1.0, "batch_size": 32, "micro_batch": 0, "lr": 5e-4, "weight_decay": 0.01, "precision": "auto"},
     "ppo": {"updates": 30, "rollouts": 64, "epochs": 2, "batch_size": 32, "micro_batch": 0, "lr": 1e-4, "kl_coef": 0.2, "max_new_tokens": 40, "precision": "no"},
@@ -153,6 +155,10 @@ def resolve(size: str = "laptop", changes: Sequence[str] = ()) -> dict:
     ModelConfig(settings["tokenizer"]["vocab_size"], **settings["model"])   # numbers that cannot go together are told before anything starts
     for stage in ("pretrain", "sft", "reward", "ppo", "dpo"):
         train_config(settings, stage, 1)
+    if settings["pretrain"]["objective"] not in ("clm", "mlm"):
+        raise UserError(f"pretrain.objective={settings['pretrain']['objective']!r} is unknown; choose clm (predict the next token) or mlm (fill blanks)")
+    if not 0 < settings["pretrain"]["mask_share"] < 1:
+        raise UserError(f"pretrain.mask_share={settings['pretrain']['mask_share']} must lie between 0 and 1, usually from 0.15 to 0.4")
     return {"size": size} | copy.deepcopy(settings)
 
 
@@ -422,8 +428,34 @@ def _callbacks(run: Run, stage: str, write: Callable[[], str]) -> list[Callback]
     return [Progress(stage, disable=run.quiet or None), Samples(run, write)]
 
 
+def _objective(settings: dict) -> str:
+    return settings["pretrain"].get("objective", "clm")      # runs of older versions do not have the setting
+
+
+def _with_blanks(rows: TokenRows, tokenizer: Tokenizer, settings: dict) -> MaskedRows:
+    "Rows for an encoder, with the share and the kind of blanks that the settings ask for."
+    c = settings["pretrain"]
+    tables = word_tables([tokenizer.decode([i], skip_special=False) for i in range(len(tokenizer))]) if c["whole_words"] else None
+    return MaskedRows(rows, tokenizer, c["mask_share"], settings["seed"], tables)
+
+
+def _quality(run: Run, model: Transformer, tokenizer: Tokenizer, val: TokenRows | MaskedRows) -> dict:
+    "What a base model can do on held-out text: bits per byte of each source, or the share of blanks that an encoder fills right."
+    if not model.config.causal:
+        return {"masked_accuracy": rate(*masked_accuracy(model, val))}
+    return {"bits_per_byte": {k: round(bits_per_byte(model, tokenizer, t), 4) for k, t in _held_out(run).items()}}
+
+
+def _base_writer(model: Transformer, tokenizer: Tokenizer, val: TokenRows | MaskedRows) -> Callable[[], str]:
+    "For the samples during training: the beginning of a story, or the blanks of a held-out line filled."
+    if model.config.causal:
+        return lambda: sample_stories(model, tokenizer, 1)[0][:160].replace("\n", " / ")
+    shown = tokenizer.decode(val[0]["input_ids"][1:33].tolist(), skip_special=False).split("<|endoftext|>")[0]
+    return lambda: f"{shown} -> {fill_blanks(model, tokenizer, shown)}".replace("\n", " / ")
+
+
 def run_pretrain(run: Run, out: Path) -> dict:
-    "Corpus and tokenizer to a base model."
+    "Corpus and tokenizer to a base model, or with `pretrain.objective` mlm to an encoder."
     corpus, tokenizer, s = run.path("prepare"), Tokenizer.load(run.path("tokenizer")), run.settings
     if is_main():
         for name in ("train", "val"):
@@ -433,21 +465,23 @@ def run_pretrain(run: Run, out: Path) -> dict:
     seq_len = s["model"]["max_seq_len"]
     rows, val = (TokenRows(out / f"{name}.bin", seq_len, tokenizer.bos_id) for name in ("train", "val"))
     seed_all(s["seed"])
-    model = Transformer(ModelConfig(len(tokenizer), **s["model"]))
+    model = Transformer(ModelConfig(len(tokenizer), **s["model"], causal=_objective(s) == "clm"))
     steps = s["pretrain"]["tokens"] // (s["pretrain"]["batch_size"] * seq_len)
-    write = lambda: sample_stories(model, tokenizer, 1)[0][:160].replace("\n", " / ")
-    trainer = pretrain(model, rows, train_config(s, "pretrain", steps), out, val, max(1, steps // 5), _callbacks(run, "pretrain", write))
+    if not model.config.causal:
+        rows, val = (_with_blanks(r, tokenizer, s) for r in (rows, val))
+    trainer = pretrain(model, rows, train_config(s, "pretrain", steps), out, val, max(1, steps // 5), _callbacks(run, "pretrain", _base_writer(model, tokenizer, val)))
     if not is_main():
         return {}
     save_model(model, out, tokenizer)
+    quality = _quality(run, model, tokenizer, val)
     for name in ("train", "val"):
         (out / f"{name}.bin").unlink()
         (out / f"{name}.bin.json").unlink()
     losses = [r for r in trainer.history if "loss" in r]
     read, seconds = losses[-1]["tokens"], sum(r["seconds"] for r in losses[1:]) / max(1, len(losses) - 1)
     return {"pretrain": {"parameters": sum(p.numel() for p in model.parameters()), "tokens": read, "ln_vocab": round(math.log(len(tokenizer)), 4), "first_loss": losses[0]["loss"],
-                         "tokens_per_second": round(read / trainer.n_steps / seconds, 1), "val_loss": trainer.history[-1].get("val_loss", losses[-1]["loss"]),
-                         "bits_per_byte": {k: round(bits_per_byte(model, tokenizer, t), 4) for k, t in _held_out(run).items()}}}
+                         "tokens_per_second": round(read / trainer.n_steps / seconds, 1), "val_loss": trainer.history[-1].get("val_loss", losses[-1]["loss"])}
+            | quality}
 
 # %% ../nbs/10_pipeline.ipynb #5c9df60b
 def _rows(path: Path, what: str, remedy: str) -> list[dict]:
@@ -645,6 +679,10 @@ def run_stages(run: Run, stages: Sequence[str] = (*STAGES, "report")) -> dict:
     unknown = [s for s in stages if s not in (*STAGES, "report")]
     if unknown:
         raise UserError(f"unknown stage {unknown[0]!r}; the stages are {', '.join([*STAGES, 'report'])}")
+    writing = [s for s in stages if s in ("sft", "reward", "ppo", "dpo", "eval")]
+    if writing and _objective(run.settings) == "mlm":
+        raise UserError(f"pretrain.objective=mlm makes an encoder, which fills blanks and cannot write: the stage {writing[0]} needs a causal model; "
+                        "for an encoder give --stages prepare,tokenizer,pretrain,report")
     for stage in STAGES:
         if stage in stages:
             run_stage(run, stage)

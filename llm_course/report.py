@@ -39,6 +39,8 @@ def table_rows(m: dict) -> list[tuple[str, str, str]]:
         add("tokenizer", f"bytes per token, {source}", x)
     for key, what in (("parameters", "parameters"), ("tokens", "tokens read"), ("tokens_per_second", "tokens per second"), ("first_loss", "first loss"), ("val_loss", "held-out loss")):
         add("pretrain", what, get("pretrain", key))
+    if accuracy := get("pretrain", "masked_accuracy"):
+        add("pretrain", "blanks filled right", accuracy)
     for source, x in (get("pretrain", "bits_per_byte") or {}).items():
         add("pretrain", f"bits per byte, {source}", x)
     for key, x in (get("stories") or {}).items():

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'SPECIAL', 'ROLES', 'CHAT_TEMPLATE', 'OPEN', 'CLOSE', 'course_pre_tokenizer', 'train_tokenizer',
-           'sample_stream', 'Tokenizer', 'render_chat', 'chat_ids', 'bytes_per_token']
+           'sample_stream', 'Tokenizer', 'render_chat', 'chat_ids', 'bytes_per_token', 'padded_vocab', 'token_counts',
+           'unreachable_tokens']
 
 # %% ../nbs/03_tokenizer.ipynb #3d68a8cf
 import json
@@ -13,8 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import lru_cache
 from heapq import heappop, heappush
+from itertools import islice
 from pathlib import Path
 from random import Random
+from threading import Lock
 
 import jinja2
 import jinja2.ext
@@ -100,7 +103,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_bytes: int | None
 
 # %% ../nbs/03_tokenizer.ipynb #f4f1627b
 def sample_stream(texts: Iterable[str], max_bytes: int, seed: int = 0, report: dict[str, int] | None = None) -> Iterator[str]:
-    """A uniform random sample of a stream's texts, `max_bytes` of UTF-8 at most, in one pass and in the stream's order.
+    """A uniform random sample of a stream's texts, `max_bytes` of UTF-8 at most, in one pass and in the stream's order; empty texts are left out.
 
     Equal to shuffling the whole and taking texts from its head until the next one does not fit. If the very first does not fit,
     its beginning is taken. `report` gains `used_documents` and `used_bytes`. Raises UserError for `max_bytes` below 1."""
@@ -109,7 +112,7 @@ def sample_stream(texts: Iterable[str], max_bytes: int, seed: int = 0, report: d
     rng, held, size, limit = Random(seed), [], 0, 1.0
     for n, text in enumerate(texts):
         key = rng.random()
-        if key >= limit:      # a text with a lower number did not fit
+        if not text or key >= limit:      # a text with a lower number did not fit
             continue
         heappush(held, (-key, n, text))
         size += len(text.encode())
@@ -124,6 +127,9 @@ def sample_stream(texts: Iterable[str], max_bytes: int, seed: int = 0, report: d
     yield from chosen
 
 # %% ../nbs/03_tokenizer.ipynb #17e927fe
+_LOCK = Lock()    # whether special tokens are allowed is a setting of the library's object, which the threads of a server share
+
+
 class Tokenizer:
     """A trained tokenizer with its special tokens and chat template: the course's own, or those of a downloaded model.
 
@@ -148,9 +154,10 @@ class Tokenizer:
         return self._size
 
     def _encoding(self, text: str, allow_special: bool = False) -> Encoding:
-        self.fast.encode_special_tokens = not allow_special
         try:
-            return self.fast.encode(text, add_special_tokens=False)
+            with _LOCK:
+                self.fast.encode_special_tokens = not allow_special
+                return self.fast.encode(text, add_special_tokens=False)
         except TypeError:
             raise _no_text(text) from None
 
@@ -160,9 +167,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         "Ids of many texts, in parallel; special tokens are plain characters. Raises DataError for what is no text."
-        self.fast.encode_special_tokens = True
         try:
-            return [e.ids for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+            with _LOCK:
+                self.fast.encode_special_tokens = True
+                return [e.ids for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
         except TypeError:
             return [self.encode(t) for t in texts]    # finds the culprit
 
@@ -288,11 +296,11 @@ def _compiled(template: str) -> jinja2.Template:
 
 # %% ../nbs/03_tokenizer.ipynb #2d870d82
 def _strings(value: object) -> Iterator[str]:
-    "All strings in nested lists and objects."
+    "All strings in nested lists and objects, keys too."
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _strings(part)
 
 
@@ -301,7 +309,7 @@ def _replaced(value: object, words: re.Pattern, stand_ins: dict[str, str]) -> ob
     if isinstance(value, str):
         return words.sub(lambda m: stand_ins[m[0]], value)
     if isinstance(value, dict):
-        return {k: _replaced(v, words, stand_ins) for k, v in value.items()}
+        return {_replaced(k, words, stand_ins): _replaced(v, words, stand_ins) for k, v in value.items()}
     return [_replaced(v, words, stand_ins) for v in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -336,12 +344,12 @@ def _filled(template: str, variables: dict) -> tuple[str, list[tuple[int, int]]]
     return text, spans
 
 # %% ../nbs/03_tokenizer.ipynb #43316402
-def _check_messages(messages: list[dict]) -> None:
-    "Raises DataError for messages that the course's template does not know."
+def _check_messages(messages: list[dict], ours: bool) -> None:
+    "Raises DataError for what is no message, and for what the course's own template does not know."
     for m in messages:
-        if not isinstance(m, dict) or not isinstance(m.get("content"), str):
+        if not isinstance(m, dict) or (ours and not isinstance(m.get("content"), str)):
             raise DataError(f"a message needs a role and a content that is text, not {str(m)[:80]}", remedy="See llm_course.formats")
-        if m.get("role") not in ROLES:
+        if ours and m.get("role") not in ROLES:
             raise DataError(f"unknown role {m.get('role')!r}", remedy="Roles are system, user, assistant and tool")
 
 # %% ../nbs/03_tokenizer.ipynb #1fddf110
@@ -352,8 +360,7 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict], add_generation_promp
     Raises UserError without a template, DataError where it refuses the messages, or does not show where an answer begins and ends."""
     if tokenizer.chat_template is None:
         raise UserError("this tokenizer has no chat template: it belongs to a base model, or chat_template.jinja is missing")
-    if tokenizer.chat_template == CHAT_TEMPLATE:
-        _check_messages(messages)
+    _check_messages(messages, tokenizer.chat_template == CHAT_TEMPLATE)
     (messages, variables), stand_ins = _shielded(tokenizer, (list(messages), variables))
     names = {f"{job}_token": token for job, token in tokenizer.special.items() if token is not None} | {"tools": None, "documents": None} | variables
     fill = lambda messages, prompt: _filled(tokenizer.chat_template, names | {"messages": messages, "add_generation_prompt": prompt})
@@ -414,3 +421,30 @@ def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     texts = [t for t in texts if t]
     n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
     return sum(len(t.encode()) for t in texts) / max(1, n_tokens)
+
+# %% ../nbs/03_tokenizer.ipynb #30c6199b
+def padded_vocab(n: int, multiple: int = 128) -> int:
+    "The smallest multiple of `multiple` that holds n entries: the model's `vocab_size`. Raises UserError for numbers below 1."
+    if n < 1 or multiple < 1:
+        raise UserError(f"cannot pad {n} entries to a multiple of {multiple}; give numbers from 1 on")
+    return -(-n // multiple) * multiple
+
+# %% ../nbs/03_tokenizer.ipynb #4f2a2b90
+def token_counts(tokenizer: Tokenizer, texts: Iterable[str], batch: int = 1000) -> np.ndarray:
+    "How often each id occurs in the texts, `[vocabulary size]` integers; special tokens are never produced by text."
+    counts, texts = np.zeros(len(tokenizer), np.int64), iter(texts)
+    while part := list(islice(texts, batch)):
+        ids = [i for row in tokenizer.encode_batch(part) for i in row]
+        counts += np.bincount(np.asarray(ids, dtype=np.int64), minlength=len(counts))
+    return counts
+
+# %% ../nbs/03_tokenizer.ipynb #3fcb53a9
+def unreachable_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Ids that their own text does not give back: `encode(decode([i]))` is not `[i]`.
+
+    Special tokens and pieces of a character (no valid UTF-8 alone) are left out: they have no text of their own.
+    After Land and Bartolo, Fishing for Magikarp, 2024."""
+    special = set(tokenizer.special_ids)
+    texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special and tokenizer.fast.id_to_token(i) is not None}
+    whole = {i: t for i, t in texts.items() if "\ufffd" not in t}
+    return [i for i, ids in zip(whole, tokenizer.encode_batch(list(whole.values()))) if ids != [i]]

@@ -259,20 +259,36 @@ def test_missing_files(ours, tmp_path):
 @given(texts=st.lists(st.text(st.characters(blacklist_categories=("Cs",)), max_size=40), max_size=30), size=st.integers(1, 200), seed=st.integers(0, 3))
 def test_sample_stream(texts, size, seed):
     from random import Random
-    report = {}
+    report, whole = {}, texts
     got = list(sample_stream(iter(texts), size, seed, report))
     assert report["used_bytes"] == sum(len(t.encode()) for t in got) <= size and report["used_documents"] == len(got)
     rng = Random(seed)
     order, taken, total = sorted(range(len(texts)), key=[rng.random() for _ in texts].__getitem__), [], 0
-    for i in order:
+    for i in [i for i in order if whole[i]]:
         total += len(texts[i].encode())
         if total > size:
             break
         taken.append(i)
-    if taken or not texts:
+    if taken or not any(texts):
         assert got == [texts[i] for i in sorted(taken)]
     else:
         assert len(got) == 1 and any(t.startswith(got[0]) for t in texts)
+
+
+def test_threads_do_not_mix_up_what_is_allowed(ours):
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda k: ours.encode("a <|end|> b " * 50, allow_special=bool(k % 2)).count(ours.end_id), range(400)))
+    assert got == [50 * (k % 2) for k in range(400)]
+
+
+def test_keys_are_shielded_too(tmp_path):
+    folder = foreign_folder(tmp_path / "f", "chatml")
+    (folder / "chat_template.jinja").write_text("{{ tools | tojson }}" + CHATML, encoding="utf-8")
+    mine, chat = Tokenizer.load(folder), [{"role": "user", "content": "Hi"}]
+    assert mine.chat(chat, tools=[{"<|im_end|>": 1}])[0].count(mine.end_id) == mine.chat(chat, tools=[{"x": 1}])[0].count(mine.end_id)
+    with pytest.raises(DataError, match="message"):
+        mine.chat(["no message"])
 
 
 def seconds(f, *args):
