@@ -5,11 +5,12 @@ OUT ?= runs/$(SIZE)
 BIN := .venv/bin
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: run test lab chat docs readme clean help
+.PHONY: run test lab chat serve docs readme clean help
 
 help:
 	@echo "make run     the whole chain, from raw documents to an aligned chat model (SIZE=$(SIZE), into OUT=$(OUT))"
 	@echo "make chat    talk to the model that the run made"
+	@echo "make serve   the same in the browser, and for programs that speak OpenAI's API (ARGS=--port 8001)"
 	@echo "make lab     the course in JupyterLab"
 	@echo "make test    everything that must hold"
 	@echo "make docs    the site (needs Quarto)"
@@ -23,15 +24,22 @@ help:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
+.setup-serve: .setup-run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[serve]"
+	@touch $@
+
 .setup-dev: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	@touch .setup-run $@
+	@touch .setup-run .setup-serve $@
 
 run: .setup-run
 	$(BIN)/llm_course run --size $(SIZE) --out $(OUT) $(ARGS)
 
 chat: .setup-run
 	$(BIN)/llm_course chat $(OUT) $(ARGS)
+
+serve: .setup-serve
+	$(BIN)/llm_course serve $(OUT) $(ARGS)
 
 test: .setup-dev
 	$(BIN)/python tests/suite.py

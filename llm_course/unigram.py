@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from .reading import DataError
 from .reading import UserError
-from .tokenizer import SPECIAL_TOKENS
+from .tokenizer import SPECIAL_TOKENS, course_pre_tokenizer
 from .tokenizer import Tokenizer
 
 # %% ../nbs/03a_unigram.ipynb #a5a4d144
@@ -255,8 +255,7 @@ def pre_tokenizer(pattern: str = "") -> pre_tokenizers.PreTokenizer:
     if pattern:
         cut, bytes_only = pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([cut, bytes_only])
-    digits = pre_tokenizers.Split(Regex(r"\p{N}"), "isolated")
-    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return course_pre_tokenizer()
 
 
 def count_words(texts: Iterable[str], cut: pre_tokenizers.PreTokenizer, longest: int = 64) -> Counter:
