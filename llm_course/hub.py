@@ -160,7 +160,9 @@ def to_hf(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = 
     folder, dtype = Path(folder), dtype or model.embed_tokens.weight.dtype
     config = hf_config(model.config, tokenizer, score is not None, str(dtype).removeprefix("torch."))
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = hf_tensors(model) | ({"score.weight": score.weight.detach().cpu().clone()} if score is not None else {})
+    tensors = hf_tensors(model)
+    if score is not None:       # takes the place of the vocabulary's output
+        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight"} | {"score.weight": score.weight.detach().cpu().clone()}
     write_tensors({k: v.to(dtype) for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     if tokenizer:
@@ -288,7 +290,8 @@ def _from_gpt2(h: dict) -> ModelConfig:
 def from_hf_config(h: dict, where: str = "config.json", ignore: Sequence[str] = ()) -> ModelConfig:
     """The `ModelConfig` of a `config.json` of Llama, Qwen2, Qwen3, Mistral, EuroBERT or GPT-2, in the dialect of version 4 or 5.
 
-    `ignore` names keys that need not be known. Raises UserError naming each setting that this course's model does not have."""
+    `ignore` names keys that need not be known. The body of a reward model, which has no output matrix, counts as tied. Raises UserError
+    naming each setting that this course's model does not have."""
     if not isinstance(h, dict):
         raise UserError(f"{where}: a JSON object is expected, not {type(h).__name__}")
     h = {k: v for k, v in h.items() if k not in ignore}
@@ -301,7 +304,7 @@ def from_hf_config(h: dict, where: str = "config.json", ignore: Sequence[str] = 
     qkv, mlp = kind == "qwen2" or bool(h.get("attention_bias")), bool(h.get("mlp_bias"))
     sizes = {ours: h[key] for key, ours in LLAMA_SIZES.items() if h.get(key)}
     return ModelConfig(**sizes, rope_theta=theta, rope_scaling=scaling, norm_eps=h.get("rms_norm_eps", 1e-5 if kind == "eurobert" else 1e-6),
-                       tie_embeddings=bool(h.get("tie_word_embeddings")), qk_norm=kind == "qwen3", causal=kind != "eurobert",
+                       tie_embeddings=bool(h.get("tie_word_embeddings")) or h.get("architectures") == ["LlamaForSequenceClassification"], qk_norm=kind == "qwen3", causal=kind != "eurobert",
                        bias=qkv and mlp, qkv_bias=qkv, out_bias=qkv and kind != "qwen2", mlp_bias=mlp)
 
 # %% ../nbs/04b_interop.ipynb #hub-files
@@ -358,8 +361,9 @@ def _misfits(want: dict[str, Tensor], got: dict[str, Tensor]) -> list[str]:
 
 # %% ../nbs/04b_interop.ipynb #hub-load
 def load_weights(model: Transformer, tensors: dict[str, Tensor], where: str) -> None:
-    "Copy a checkpoint's tensors into a model (a `score` head is left out). Raises UserError naming what is missing, left over or misshapen."
-    ours = our_tensors({k: v for k, v in tensors.items() if k != "score.weight"}, gpt2=model.config.positions == "learned")
+    "Copy a checkpoint's tensors into a model (the body only where there is a `score` head). Raises UserError naming what is missing, left over or misshapen."
+    unused = ("score.weight", "lm_head.weight") if "score.weight" in tensors else ()
+    ours = our_tensors({k: v for k, v in tensors.items() if k not in unused}, gpt2=model.config.positions == "learned")
     if model.config.tie_embeddings and (head := ours.pop("lm_head.weight", None)) is not None:
         if "embed_tokens.weight" in ours and not torch.equal(head, ours["embed_tokens.weight"]):
             raise UserError(f"{where}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
