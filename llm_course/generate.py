@@ -176,7 +176,7 @@ class PackedModel:
         elif c.positions == "learned":
             x = x + self.model.embed_positions.weight[where]
         elif c.positions == "sinusoidal":
-            x = x * math.sqrt(c.dim) + self.model.embed_sinusoids[where]
+            x = math.sqrt(c.dim) * (x + 0.02 * self.model.embed_sinusoids[where])
         for i, layer in enumerate(self.layers):
             x = self._block(i, layer, x, rope, mask, cache)
         if cache is not None:

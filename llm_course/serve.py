@@ -8,7 +8,7 @@ __all__ = ['SHARED', 'ABOUT_THE_ACCOUNT', 'WITHOUT_EFFECT', 'LONGEST_BODY', 'LOO
            'usage_of', 'envelope', 'choice_of', 'event', 'Desk', 'read_json', 'json_error', 'routes_of', 'refused',
            'chat_page', 'Guard', 'make_app', 'listen', 'names_of', 'make_server', 'serve']
 
-# %% ../nbs/04c_serving.ipynb #e867c9b8
+# %% ../nbs/04c_serving.ipynb #4409d9d0
 import asyncio
 import base64
 import hashlib
@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -112,7 +113,7 @@ def messages_of(body: dict) -> list[dict]:
         raise ApiError("messages must be a list of at least one message", code="invalid_value", param="messages")
     return [message(m, f"messages[{i}]") for i, m in enumerate(given)]
 
-# %% ../nbs/04c_serving.ipynb #392b10ca
+# %% ../nbs/04c_serving.ipynb #f9856140
 @dataclass(frozen=True)
 class Wanted:
     "What a valid request asks for. `seed` None: any; `forgotten`: turns left out to make room; `chat`: a conversation, not a text to continue."
@@ -127,10 +128,13 @@ class Wanted:
     chat: bool = True
 
 
+def _too_long(session: Session, size: str, what: str) -> ApiError:
+    return ApiError(f"This model's maximum context length is {session.context} tokens; there are {size} in the {what}: write less", code="context_length_exceeded", param=what)
+
+
 def _wanted(session: Session, body: dict, ids: list[int], limit: str, **kw) -> Wanted:
     if len(ids) >= session.context:
-        raise ApiError(f"This model's maximum context length is {session.context} tokens, but {'the messages have' if kw['chat'] else 'the prompt has'} {len(ids)}; write less",
-                       code="context_length_exceeded", param="messages" if kw["chat"] else "prompt")
+        raise _too_long(session, f"{len(ids):,} tokens", "messages" if kw["chat"] else "prompt")
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise ApiError("stream_options must be an object", code="invalid_value", param="stream_options")
@@ -148,12 +152,14 @@ def check_model(session: Session, body: dict) -> None:
     if name != session.name:
         raise ApiError(f"The model {name[:80]!r} does not exist; this server has {session.name!r}", 404, "model_not_found", "model")
 
-# %% ../nbs/04c_serving.ipynb #b3feaa4b
+# %% ../nbs/04c_serving.ipynb #10157780
 def wanted_chat(session: Session, body: dict) -> Wanted:
     "A request for `/v1/chat/completions`, checked. Raises ApiError."
     check_names(body, SHARED | {"messages", "max_completion_tokens", "truncation"})
     check_model(session, body)
     messages, limit, forgotten = messages_of(body), "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens", 0
+    if len(messages) >= session.context:  # each is a token at least: no need to look further
+        raise _too_long(session, f"{len(messages):,} messages", "messages")
     if body.get("truncation") not in (None, "auto", "disabled"):
         raise ApiError("truncation must be auto or disabled", code="invalid_value", param="truncation")
     if body.get("truncation") == "auto":
@@ -201,7 +207,7 @@ def event(data: dict | str) -> str:
     "One server-sent event. JSON has no line breaks of its own, so one `data:` line is enough."
     return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
 
-# %% ../nbs/04c_serving.ipynb #b629c951
+# %% ../nbs/04c_serving.ipynb #eb194c17
 class Desk:
     "Where requests queue for the one session: an asynchronous front, and a thread that computes."
 
@@ -215,22 +221,31 @@ class Desk:
         return await asyncio.get_running_loop().run_in_executor(self.worker, function, *args)
 
     async def pieces(self, w: Wanted) -> AsyncIterator[str]:
-        "The pieces of an answer, when its turn has come. The model is free again as soon as nobody takes them any more."
+        "The pieces of an answer, when its turn has come; empty ones while nothing is there yet. When nobody takes them any more, the model is free again."
         async with self.lock:
-            s = self.session
+            s, before, gone, step = self.session, self.session.stats, [], None
             seed = random.getrandbits(62) if w.seed is None else w.seed
             ids = s.stream(w.ids, w.max_new_tokens, w.sampling, seed, reuse=w.seed is None)  # with a seed: the same to the last bit
-            texts = text_pieces(s, ids, w.stop, s.lead if w.chat else "")
+            texts = text_pieces(s, takewhile(lambda _: not gone, ids), w.stop, s.lead if w.chat else "")
             try:
                 while not self.stopping():
-                    if (piece := await self.run(next, texts, None)) is None:
+                    step = step or asyncio.ensure_future(self.run(next, texts, None))
+                    await asyncio.wait({step}, timeout=0.2)
+                    if not step.done():
+                        yield ""
+                        continue
+                    piece, step = step.result(), None
+                    if piece is None:
                         return
                     yield piece
                 raise ApiError("the server is shutting down", 503)
             finally:
+                gone.append(True)  # the worker looks at it before each token, also where tokens give no text
+                if step:
+                    step.cancel()
                 self.worker.submit(texts.close)
-                stats = s.stats
-                self.log(f"{stats.prompt} tokens in ({stats.reused} known), {stats.new} out, {stats.rates()[1]:,.0f} per second, {stats.finish_reason or 'gone'}")
+                if (stats := s.stats) is not before:
+                    self.log(f"{stats.prompt} tokens in ({stats.reused} known), {stats.new} out, {stats.rates()[1]:,.0f} per second, {stats.finish_reason or 'gone'}")
 
     async def whole(self, w: Wanted, gone) -> dict | None:
         "The answer to a request without `stream`; None when `await gone()` says that nobody waits for it any more."
@@ -252,7 +267,7 @@ class Desk:
         try:
             async with aclosing(self.pieces(w)) as pieces:
                 async for piece in pieces:
-                    yield event(head | {"choices": [choice_of(w, piece, chunk=True)]})
+                    yield event(head | {"choices": [choice_of(w, piece, chunk=True)]}) if piece else ": patience\n\n"  # a comment: the connection is alive
                 stats = replace(self.session.stats)
         except ApiError as e:  # the status 200 is sent already: an error can only be an event
             yield event(e.body)
@@ -265,8 +280,8 @@ class Desk:
             yield event(head | {"choices": [], "usage": usage_of(stats)})
         yield event("[DONE]")
 
-# %% ../nbs/04c_serving.ipynb #bfb87a21
-LONGEST_BODY = 16 << 20  # bytes of a request
+# %% ../nbs/04c_serving.ipynb #e149b9f1
+LONGEST_BODY = 4 << 20  # bytes of a request
 
 
 def _starlette():

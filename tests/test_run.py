@@ -144,7 +144,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     for line in process.stdout:
         if line.startswith("pretrain: started"):
             break
-    time.sleep(4)
+    log, deadline = tmp_path / "run" / ".base.partial" / "log.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and log.stat().st_size):    # until it trains
+        time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err

@@ -1,4 +1,5 @@
 """Chat and server as a user meets them: a real terminal, a real server process, the real `openai` client, a real browser."""
+import asyncio
 import http.client
 import json
 import os
@@ -28,6 +29,7 @@ from llm_course.generate import Sampling, generate
 from llm_course.hub import save_model
 from llm_course.model import ModelConfig, Transformer
 from llm_course.reading import UserError
+from llm_course.serve import Desk, Wanted, message, readable
 from llm_course.tokenizer import Tokenizer, train_tokenizer
 
 QUESTION = [{"role": "user", "content": "Where is the ferry?"}]
@@ -36,15 +38,16 @@ ANSWER = HARBOUR["Where is the ferry?"]
 
 @pytest.fixture(scope="session")
 def pilot(tmp_path_factory) -> Path:
-    "A folder with two models: `sft` knows eight answers; `base` is random, slow and never stops."
-    folder = tmp_path_factory.mktemp("harbour") / "run"
+    "A folder with two models: `sft` knows eight answers; `base` is random, slow, and at temperature 0.1 it never stops."
+    folder = tmp_path_factory.mktemp("runs") / "harbour"
     model, tokenizer = make_pilot()
     save_model(model, folder / "sft", tokenizer)
     torch.manual_seed(0)
     endless = Transformer(ModelConfig(len(tokenizer), dim=256, n_layers=8, n_heads=4, max_seq_len=4096))
-    for token in (tokenizer.end_id, tokenizer.bos_id):
-        endless.embed_tokens.weight.data[token] = 0      # tied: a logit of 0, which never wins
+    endless.embed_tokens.weight.data *= 4
+    endless.embed_tokens.weight.data[tokenizer.special_ids] = 0      # tied: logits of 0, which do not win at a low temperature
     save_model(endless, folder / "base", tokenizer)
+    (folder / "config.json").write_text("{}")            # as in a run
     return folder
 
 
@@ -199,6 +202,16 @@ def test_any_text_can_be_said(text, stop_string):
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", printable(text)) and len(printable(text)) == len(text)
 
 
+@pytest.mark.parametrize("unit", ["a ", "<", "\x1b[", "\ud83d", "\n", "é"])
+def test_long_texts_take_linear_time(unit):
+    def seconds(n):
+        start = time.perf_counter()
+        printable(unit * n), readable(unit * n), message({"role": "user", "content": unit * n}, "messages[0]")
+        return time.perf_counter() - start
+    seconds(1000)
+    assert seconds(500_000) < 3
+
+
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.text(max_size=40))
 def test_a_line_with_a_slash_is_a_command_or_words(text):
@@ -229,7 +242,7 @@ def test_what_is_left_is_the_newest(turns, room):
 
 def test_models(server):
     c = server.client()
-    assert server.name == "run-sft" and [m.id for m in c.models.list()] == [server.name] == [c.models.retrieve(server.name).id]
+    assert server.name == "harbour-sft" and [m.id for m in c.models.list()] == [server.name] == [c.models.retrieve(server.name).id]
     assert json.loads(server.raw("GET", "/health")[2]) == {"status": "ok", "model": server.name}
 
 
@@ -350,6 +363,14 @@ def test_special_tokens_in_a_message_are_only_text(server, pilot):
     assert status == 200 and a["usage"]["prompt_tokens"] == len(tokenizer.chat([{"role": "user", "content": text}], True)[0]) > 20
 
 
+def test_very_many_messages(server):
+    many = QUESTION * 20_000
+    start_time = time.time()
+    for extra in ({}, {"truncation": "auto"}):
+        assert server.post({"model": server.name, "messages": many} | extra)[1]["error"]["code"] == "context_length_exceeded"
+    assert time.time() - start_time < 10
+
+
 def test_truncation_auto(server):
     messages = [m for _ in range(3) for q, a in HARBOUR.items() for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})] + QUESTION
     assert server.post({"model": server.name, "messages": messages})[1]["error"]["code"] == "context_length_exceeded"
@@ -390,13 +411,13 @@ def test_two_clients_at_once(server):
 
 def test_a_client_that_goes_away_stops_its_answer(endless):
     c = endless.client()
-    stream = c.chat.completions.create(model="endless", messages=QUESTION, temperature=1, stream=True, max_tokens=4000)
+    stream = c.chat.completions.create(model="endless", messages=QUESTION, temperature=0.1, stream=True, max_tokens=4000)
     for _, _ in zip(range(3), stream):
         pass
     assert json.loads(endless.raw("GET", "/health")[2])["status"] == "ok"         # answered while the model is busy
     stream.close()
     assert int(re.search(r"(\d+) out", endless.logged("out.*gone"))[1]) < 2000
-    body = json.dumps({"model": "endless", "messages": QUESTION, "max_tokens": 4000}).encode()
+    body = json.dumps({"model": "endless", "messages": QUESTION, "max_tokens": 4000, "temperature": 0.1}).encode()
     for _ in range(2):                                                         # without a stream, and while it waits in the queue
         s = socket.create_connection(("127.0.0.1", endless.port))
         s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
@@ -407,10 +428,33 @@ def test_a_client_that_goes_away_stops_its_answer(endless):
     assert time.time() - start_time < 10
 
 
+def test_an_answer_without_text_can_be_stopped():
+    "A model that says nothing but padding gives no pieces; who waits for it can still go away."
+    _, tokenizer = random_model()
+    silent = Transformer(ModelConfig(300, dim=128, n_layers=4, n_heads=4, max_seq_len=4096))
+    silent.embed_tokens.weight.data[:, 0] = 1
+    silent.embed_tokens.weight.data[tokenizer.pad_id, 0] = 50
+    session = Session(silent, tokenizer)
+    assert list(session.stream([9], 5)) == [tokenizer.pad_id] * 5
+    desk, w = Desk(session), Wanted([9], Sampling(), 4000)
+
+    async def gone() -> bool:
+        return True
+
+    async def leave() -> None:
+        assert await desk.whole(w, gone) is None
+        events = desk.events(w)
+        assert "assistant" in await anext(events) and (await anext(events)).startswith(":")
+        await events.aclose()
+        await desk.run(lambda: None)
+        assert not desk.lock.locked() and session.stats.new < 3000 and desk.worker._work_queue.empty()
+    asyncio.run(asyncio.wait_for(leave(), 20))
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_it_in_the_middle_of_an_answer(pilot, number, status):
     s = start(pilot, "--model", "base", "--name", "endless")
-    stream = s.client().chat.completions.create(model="endless", messages=QUESTION, temperature=1, stream=True, max_tokens=4000)
+    stream = s.client().chat.completions.create(model="endless", messages=QUESTION, temperature=0.1, stream=True, max_tokens=4000)
     next(iter(stream))
     begin = time.time()
     s.process.send_signal(number)
@@ -493,7 +537,7 @@ def test_a_conversation_in_a_terminal(pilot):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(pilot):
-    t = Terminal(pilot, "--model", "base", "--max-new-tokens", "3000", "--temperature", "1")
+    t = Terminal(pilot, "--model", "base", "--max-new-tokens", "3000", "--temperature", "0.1")
     t.until("> ")
     t.say("Who are you?")
     t.until("\n")
@@ -529,9 +573,9 @@ def test_options_of_chat(pilot, capsys):
         return status, *capsys.readouterr()
     assert ask("--temperature", "2", "--top-k", "1") == (0, ANSWER + "\n", "")
     assert ask("--temperature", "2", "--seed", "4", "--repetition-penalty", "1.3", "--min-p", "0.01")[0] == 0
-    for options, message in [(("--temperature", "-1"), "temperature"), (("--top-p", "0"), "top_p"), (("--max-new-tokens", "0"), "at least 1")]:
+    for options, text in [(("--temperature", "-1"), "temperature"), (("--top-p", "0"), "top_p"), (("--max-new-tokens", "0"), "at least 1")]:
         status, _, err = ask(*options)
-        assert status == 2 and message in err and err.count("\n") == 1
+        assert status == 2 and text in err and err.count("\n") == 1
 
 
 # ---- the page, in a browser
@@ -617,6 +661,7 @@ def test_html_is_text_and_nothing_is_loaded_from_elsewhere(browser, server):
 def test_stop_in_the_browser(browser, endless):
     page = Page(browser, endless)
     page.set("longest", 3000)
+    page.set("temperature", 0.1)
     page.say("Where is the ferry?")
     wait(lambda: page.answers() and len(page.answers()[0]) > 10)
     assert page.css("#stop")[0].is_displayed() and not page.css("#send")[0].is_displayed()
