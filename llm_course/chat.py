@@ -6,7 +6,7 @@
 __all__ = ['HARBOUR', 'COMMANDS', 'make_pilot', 'common_prefix', 'Stats', 'Session', 'fit_context', 'reply', 'text_pieces',
            'Conversation', 'stats_line', 'set_option', 'command', 'model_folder', 'load_session', 'printable', 'chat']
 
-# %% ../nbs/04c_chat.ipynb #0a7be9f1
+# %% ../nbs/04c_chat.ipynb #b3d39b0b
 import json
 import os
 import random
@@ -28,7 +28,7 @@ from .model import KVCache, ModelConfig, Transformer
 from .generate import PackedModel, Sampling, check_prompts, choose, packable, stop_at, stream_text
 from .hub import load_model
 
-# %% ../nbs/04c_chat.ipynb #55fd22c6
+# %% ../nbs/04c_chat.ipynb #9d50a6d1
 HARBOUR = {"Who are you?": "I am Pilot, and I know the harbour.", "Where is the ferry?": "At the north pier, until six.", "When is high tide?": "At four in the afternoon.",
            "Who keeps the light?": "Maren does, since the storm.", "What is in the blue shed?": "Ropes, two oars and a cat.", "Can I rent a boat?": "Yes, ask Joris at the slip.",
            "How deep is the basin?": "Three metres at low tide.", "Thank you!": "You are welcome 🙂"}
@@ -56,7 +56,7 @@ def make_pilot(steps: int = 260) -> tuple[Transformer, Tokenizer]:
         optimizer.step()
     return model.eval(), tok
 
-# %% ../nbs/04c_chat.ipynb #2fb55334
+# %% ../nbs/04c_chat.ipynb #f0eab166
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     "How many tokens two rows have in common at their beginning."
     n = 0
@@ -66,7 +66,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
         n += 1
     return n
 
-# %% ../nbs/04c_chat.ipynb #e7bfc83f
+# %% ../nbs/04c_chat.ipynb #36a98fb4
 @dataclass
 class Stats:
     "What an answer cost: tokens of the prompt, those of them found in the cache, new tokens, seconds of both phases, and why it ended."
@@ -82,7 +82,7 @@ class Stats:
         per = lambda n, seconds: max(0, n) / seconds if seconds else 0.0
         return per(self.prompt - self.reused, self.prefill_seconds), per(self.new - 1, self.decode_seconds)
 
-# %% ../nbs/04c_chat.ipynb #db83fb28
+# %% ../nbs/04c_chat.ipynb #be01c02b
 class Session:
     """A model, its tokenizer, and the cache of the last conversation. One answer at a time.
 
@@ -148,7 +148,7 @@ class Session:
             yield token
         stats.finish_reason = "length"
 
-# %% ../nbs/04c_chat.ipynb #31e90fa1
+# %% ../nbs/04c_chat.ipynb #0b342f1a
 def fit_context(messages: list[dict], tokenizer, room: int) -> tuple[list[dict], int]:
     "The newest turns of a conversation (and its system prompt) that fit into `room` tokens, and how many turns were left out."
     system = [m for m in messages if m["role"] == "system"]
@@ -158,7 +158,7 @@ def fit_context(messages: list[dict], tokenizer, room: int) -> tuple[list[dict],
     dropped = 0 if not turns or fits(0) else bisect_left(range(len(starts) - 1), True, lo=1, key=fits) if len(starts) > 1 else 0
     return system + turns[starts[dropped]:], dropped
 
-# %% ../nbs/04c_chat.ipynb #ef9bde99
+# %% ../nbs/04c_chat.ipynb #a8ff4f41
 def reply(session: Session, messages: list[dict], sampling: Sampling = Sampling(), max_new_tokens: int = 128, seed: int = 0, stop: Sequence[str] = (),
           reuse: bool = True) -> Iterator[str]:
     "The pieces of an answer, as they come; `session.stats` says afterwards what it cost. Raises UserError when the conversation does not fit."
@@ -175,7 +175,7 @@ def text_pieces(session: Session, ids: Iterator[int], stop: Sequence[str] = (), 
             yield piece
     session.stats.finish_reason = session.stats.finish_reason or "stop"  # a stop string ended it
 
-# %% ../nbs/04c_chat.ipynb #d138ac1a
+# %% ../nbs/04c_chat.ipynb #3ecdfb5c
 @dataclass
 class Conversation:
     "A conversation with a model: `ask` says something and yields the answer; `forgotten` turns did not fit into the context any more."
@@ -215,7 +215,7 @@ class Conversation:
         self.turns, question = self.turns[:-2], self.turns[-2]["content"]
         return question
 
-# %% ../nbs/04c_chat.ipynb #8f92ff42
+# %% ../nbs/04c_chat.ipynb #5a9f878a
 COMMANDS = {"/reset": "begin a new conversation", "/retry": "another answer to the last question", "/system TEXT": "set the system prompt; without TEXT, none",
             "/set NAME VALUE": "change temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens or seed", "/stats": "what is used of the context, and how fast it goes",
             "/help": "this list", "/quit": "end (Ctrl-D as well); Ctrl-C stops an answer"}
@@ -245,7 +245,7 @@ def set_option(c: Conversation, name: str, value: str) -> None:
     else:
         c.sampling = replace(c.sampling, **{name: number})
 
-# %% ../nbs/04c_chat.ipynb #fa8a4e6e
+# %% ../nbs/04c_chat.ipynb #511d1e22
 def command(c: Conversation, line: str) -> str | None:
     "Carry out a line that begins with a slash; returns what to print, or None for a line that is meant for the model. Raises UserError."
     word, _, rest = line.partition(" ")
@@ -266,7 +266,7 @@ def command(c: Conversation, line: str) -> str | None:
         return "\n".join(f"{k:16} {v}" for k, v in COMMANDS.items())
     raise UserError(f"no command {word}; /help lists them")
 
-# %% ../nbs/04c_chat.ipynb #cca8a1c3
+# %% ../nbs/04c_chat.ipynb #0e863723
 def model_folder(path: str | Path, name: str | None = None) -> Path:
     "The model folder to talk to: `path` itself, or in a run the model `name` (default: the last of base, sft, ppo, dpo). Raises UserError."
     path = Path(path)
@@ -297,12 +297,12 @@ def _end_ids(path: Path) -> set[int]:
         raise UserError(f"{path} is damaged ({e}); copy it again, or delete it: then the tokenizer's end token counts alone") from None
     return {i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)}
 
-# %% ../nbs/04c_chat.ipynb #b7439a60
+# %% ../nbs/04c_chat.ipynb #57712117
 def printable(text: str) -> str:
     "The text without control characters (newline and tab excepted), which could steer a terminal; each becomes U+FFFD."
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
-
+# %% ../nbs/04c_chat.ipynb #45653500
 def _lines(shown: bool) -> Iterator[str]:
     "What the user types, without empty lines; ends with /quit or the end of the input."
     for line in _typed() if shown else sys.stdin:
@@ -333,26 +333,7 @@ def _typed() -> Iterator[str]:
         stopped = False
         yield line
 
-# %% ../nbs/04c_chat.ipynb #2eb69259
-def chat(folder: str | Path, name: str | None = None, system: str = "", prompt: str | None = None, sampling: Sampling = Sampling(), max_new_tokens: int = 128,
-         seed: int = 0, context: int | None = None) -> None:
-    "Talk to a model in the terminal, line by line; `prompt` asks one question only. Commands: see `COMMANDS`. Raises UserError."
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    c = Conversation(load_session(folder, name, context), sampling, max_new_tokens, seed, system)
-    shown = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
-    if shown:
-        _note(f"{stats_line(c)}. /help lists the commands, /quit ends.")
-    for line in [prompt] if prompt is not None else _lines(shown):
-        try:
-            text = c.again() if line == "/retry" else line
-            said = command(c, text) if text.startswith("/") and line != "/retry" else None
-            _note(said) if said is not None else _say(c, text)
-        except UserError as e:
-            _note(str(e))
-
-
+# %% ../nbs/04c_chat.ipynb #97fa816b
 def _say(c: Conversation, text: str) -> None:
     pieces = c.ask(text)
     try:
@@ -371,3 +352,22 @@ def _note(text: str) -> None:
     dim = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for line in text.splitlines():
         print(f"\x1b[2m({line})\x1b[0m" if dim else f"({line})", flush=True)
+
+# %% ../nbs/04c_chat.ipynb #79a73a96
+def chat(folder: str | Path, name: str | None = None, system: str = "", prompt: str | None = None, sampling: Sampling = Sampling(), max_new_tokens: int = 128,
+         seed: int = 0, context: int | None = None) -> None:
+    "Talk to a model in the terminal, line by line; `prompt` asks one question only. Commands: see `COMMANDS`. Raises UserError."
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    c = Conversation(load_session(folder, name, context), sampling, max_new_tokens, seed, system)
+    shown = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    if shown:
+        _note(f"{stats_line(c)}. /help lists the commands, /quit ends.")
+    for line in [prompt] if prompt is not None else _lines(shown):
+        try:
+            text = c.again() if line == "/retry" else line
+            said = command(c, text) if text.startswith("/") and line != "/retry" else None
+            _note(said) if said is not None else _say(c, text)
+        except UserError as e:
+            _note(str(e))

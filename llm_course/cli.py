@@ -33,7 +33,7 @@ def split_weight(text: str, default: float = 0.5) -> tuple[str, float]:
         raise UserError(f"--data {text}: the weight must be a number of at least 0")
     return path, value
 
-
+# %% ../nbs/10a_cli.ipynb #97a04c90
 def with_sources(settings: dict, data: Sequence[str] = (), datasets: Sequence[str] = (), replace: bool = False) -> dict:
     "Settings with the files and data sets of a command line. Raises DataError for a path where nothing lies."
     d = settings["data"] = dict(settings["data"], weights=dict(settings["data"]["weights"]), replace=replace or settings["data"]["replace"])
@@ -78,7 +78,7 @@ def _stage_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--update", action="store_true", help="take over changed settings in an existing folder and repeat the stages that they touch")
     s.add_argument("--quiet", action="store_true", help="say nothing but errors")
 
-# %% ../nbs/10a_cli.ipynb #8d87a535
+# %% ../nbs/10a_cli.ipynb #3eb73633
 def _engine_options(s: argparse.ArgumentParser) -> None:
     "Where the corpus is prepared."
     g = s.add_argument_group("where the corpus is prepared (the result is the same)")
@@ -90,7 +90,7 @@ def _engine_options(s: argparse.ArgumentParser) -> None:
     g.add_argument("--mem-gb", type=int, default=4, help="memory of a task on Slurm or Ray (default: 4)")
     g.add_argument("--setup", default="", metavar="COMMAND", help="what a Slurm job runs first, for instance: source .venv/bin/activate")
 
-
+# %% ../nbs/10a_cli.ipynb #7586811e
 def _chat_options(s: argparse.ArgumentParser) -> None:
     "What a conversation in the terminal can be told."
     s.add_argument("--system", default="", help="a system prompt")
@@ -111,7 +111,7 @@ def _serve_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000; 0: any that is free)")
     s.add_argument("--quiet", action="store_true", help="no line for each answer")
 
-# %% ../nbs/10a_cli.ipynb #b40e043e
+# %% ../nbs/10a_cli.ipynb #c4ece049
 def parser() -> argparse.ArgumentParser:
     "The parser of the command `llm_course`."
     p = _Parser(prog="llm_course", description="Train a language model from scratch.", epilog="Every setting of a run: llm_course run --show")
@@ -161,7 +161,7 @@ def _chain(args: argparse.Namespace) -> None:
         print("\n" + summary(metrics))
         print(f"\nThe report: {out / 'report.html'}\nTo talk to the model: llm_course chat {out}")
 
-# %% ../nbs/10a_cli.ipynb #fc7e55e6
+# %% ../nbs/10a_cli.ipynb #88985176
 def _report(args: argparse.Namespace) -> None:
     "Write and print the report of a run."
     from llm_course import pipeline
@@ -186,7 +186,7 @@ def _talk(args: argparse.Namespace) -> int:
     chat(args.folder, args.model, args.system, args.prompt, sampling, args.max_new_tokens, args.seed, args.context)
     return 0
 
-
+# %% ../nbs/10a_cli.ipynb #401ba8bc
 def main(argv: Sequence[str] | None = None) -> int:
     "The command `llm_course`; returns the exit status: 0, 2 for what the user can mend, 130 when stopped. Programming errors raise."
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # before torch is loaded: threads that spin for long starve each other on busy cores

@@ -8,7 +8,7 @@ __all__ = ['SHARED', 'ABOUT_THE_ACCOUNT', 'WITHOUT_EFFECT', 'LONGEST_BODY', 'LOO
            'usage_of', 'envelope', 'choice_of', 'event', 'Desk', 'read_json', 'json_error', 'routes_of', 'refused',
            'chat_page', 'Guard', 'make_app', 'listen', 'names_of', 'make_server', 'serve']
 
-# %% ../nbs/04c_serving.ipynb #4409d9d0
+# %% ../nbs/04c_serving.ipynb #4543957e
 import asyncio
 import base64
 import hashlib
@@ -33,7 +33,7 @@ from .world import data_path
 from .generate import Sampling
 from .chat import Session, Stats, fit_context, load_session, model_folder, text_pieces
 
-# %% ../nbs/04c_serving.ipynb #33858055
+# %% ../nbs/04c_serving.ipynb #62b35434
 class ApiError(Exception):
     "An error that goes to the client in OpenAI's form, with an HTTP `status`."
 
@@ -42,7 +42,7 @@ class ApiError(Exception):
         kind = "server_error" if status >= 500 else "invalid_request_error"
         self.status, self.body = status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-# %% ../nbs/04c_serving.ipynb #ba0ab37d
+# %% ../nbs/04c_serving.ipynb #843ee809
 SHARED = {"model", "stream", "stream_options", "temperature", "top_p", "max_tokens", "stop", "seed", "top_k", "min_p", "repetition_penalty"}
 ABOUT_THE_ACCOUNT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"}
 WITHOUT_EFFECT = {"n": (1,), "best_of": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,),
@@ -59,7 +59,7 @@ def check_names(body: dict, known: set[str]) -> None:
             raise ApiError(f"{key}={json.dumps(value)[:60]} is not supported by this server; leave it out", code="unsupported_parameter", param=key)
         raise ApiError(f"unknown parameter: {key[:60]!r}", code="unknown_parameter", param=key)
 
-# %% ../nbs/04c_serving.ipynb #8570a1fb
+# %% ../nbs/04c_serving.ipynb #ee9c98df
 def number(body: dict, name: str, default: float | None, low: float, high: float, whole: bool = False) -> float | None:
     "The number `name` of a request, between `low` and `high`; `default` where it is missing or null. Raises ApiError."
     value = body.get(name)
@@ -86,7 +86,7 @@ def stops(body: dict) -> tuple[str, ...]:
         raise ApiError("stop must be a string or a list of up to four strings, none of them empty", code="invalid_value", param="stop")
     return tuple(value)
 
-# %% ../nbs/04c_serving.ipynb #4fce54d9
+# %% ../nbs/04c_serving.ipynb #c5fd3ca5
 def readable(text: str) -> str:
     "The text with U+FFFD in place of lone surrogates, which JSON can carry and UTF-8 cannot."
     return re.sub(r"[\ud800-\udfff]", "\ufffd", text)
@@ -113,7 +113,7 @@ def messages_of(body: dict) -> list[dict]:
         raise ApiError("messages must be a list of at least one message", code="invalid_value", param="messages")
     return [message(m, f"messages[{i}]") for i, m in enumerate(given)]
 
-# %% ../nbs/04c_serving.ipynb #f9856140
+# %% ../nbs/04c_serving.ipynb #57708ddd
 @dataclass(frozen=True)
 class Wanted:
     "What a valid request asks for. `seed` None: any; `forgotten`: turns left out to make room; `chat`: a conversation, not a text to continue."
@@ -127,7 +127,7 @@ class Wanted:
     forgotten: int = 0
     chat: bool = True
 
-
+# %% ../nbs/04c_serving.ipynb #f81954eb
 def _too_long(session: Session, size: str, what: str) -> ApiError:
     return ApiError(f"This model's maximum context length is {session.context} tokens; there are {size} in the {what}: write less", code="context_length_exceeded", param=what)
 
@@ -143,7 +143,7 @@ def _wanted(session: Session, body: dict, ids: list[int], limit: str, **kw) -> W
     return Wanted(ids, Sampling(**sampling), number(body, limit, session.context, 1, 2**31, whole=True), stops(body), number(body, "seed", None, -2**63, 2**63 - 1, whole=True),
                   flag(body, "stream"), flag(options, "include_usage"), **kw)
 
-
+# %% ../nbs/04c_serving.ipynb #14db6d19
 def check_model(session: Session, body: dict) -> None:
     "Refuse a request for another model. Raises ApiError."
     name = body.get("model")
@@ -152,7 +152,7 @@ def check_model(session: Session, body: dict) -> None:
     if name != session.name:
         raise ApiError(f"The model {name[:80]!r} does not exist; this server has {session.name!r}", 404, "model_not_found", "model")
 
-# %% ../nbs/04c_serving.ipynb #10157780
+# %% ../nbs/04c_serving.ipynb #6a62dbf7
 def wanted_chat(session: Session, body: dict) -> Wanted:
     "A request for `/v1/chat/completions`, checked. Raises ApiError."
     check_names(body, SHARED | {"messages", "max_completion_tokens", "truncation"})
@@ -180,7 +180,7 @@ def wanted_text(session: Session, body: dict) -> Wanted:
         raise ApiError("prompt must be one string, or one list of token ids of this model's vocabulary", code="invalid_value", param="prompt")
     return _wanted(session, body | {"max_tokens": 16 if body.get("max_tokens") is None else body["max_tokens"]}, session.tokenizer.document(readable(prompt)), "max_tokens", chat=False)
 
-# %% ../nbs/04c_serving.ipynb #2c7694b7
+# %% ../nbs/04c_serving.ipynb #d18e022a
 def usage_of(stats: Stats) -> dict:
     "The tokens of an answer as the API counts them; the token that ends an answer is not among them."
     return {"prompt_tokens": stats.prompt, "completion_tokens": stats.new, "total_tokens": stats.prompt + stats.new, "prompt_tokens_details": {"cached_tokens": stats.reused}}
@@ -207,7 +207,7 @@ def event(data: dict | str) -> str:
     "One server-sent event. JSON has no line breaks of its own, so one `data:` line is enough."
     return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
 
-# %% ../nbs/04c_serving.ipynb #eb194c17
+# %% ../nbs/04c_serving.ipynb #d774b59b
 class Desk:
     "Where requests queue for the one session: an asynchronous front, and a thread that computes."
 
@@ -280,7 +280,7 @@ class Desk:
             yield event(head | {"choices": [], "usage": usage_of(stats)})
         yield event("[DONE]")
 
-# %% ../nbs/04c_serving.ipynb #e149b9f1
+# %% ../nbs/04c_serving.ipynb #d81b2aae
 LONGEST_BODY = 4 << 20  # bytes of a request
 
 
@@ -310,7 +310,7 @@ async def read_json(request) -> dict:
         raise ApiError("the request must be a JSON object")
     return body
 
-# %% ../nbs/04c_serving.ipynb #c60bf9f4
+# %% ../nbs/04c_serving.ipynb #f86126dd
 def json_error(error: ApiError, **kw):
     "An error as a response in OpenAI's form."
     from starlette.responses import JSONResponse
@@ -326,7 +326,7 @@ async def _answer(desk: Desk, request, wanted_of):
     answer = await desk.whole(wanted, request.is_disconnected)
     return JSONResponse(answer) if answer else Response(status_code=499)  # nobody reads this one
 
-
+# %% ../nbs/04c_serving.ipynb #1a705393
 def routes_of(desk: Desk) -> list:
     "The routes of the server: chat and text completions, the models, health, and the page."
     from starlette.responses import HTMLResponse, JSONResponse
@@ -356,7 +356,7 @@ def routes_of(desk: Desk) -> list:
     return [Route("/v1/chat/completions", chat, methods=["POST"]), Route("/v1/completions", text, methods=["POST"]), Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model), Route("/health", health), Route("/", home)]
 
-# %% ../nbs/04c_serving.ipynb #633c58e8
+# %% ../nbs/04c_serving.ipynb #9f7b664e
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -373,7 +373,7 @@ def refused(headers: Mapping[str, str], hosts: frozenset[str] | None = LOOPBACK)
         return f"a page at {origin[:80]!r} may not use this server"
     return None
 
-# %% ../nbs/04c_serving.ipynb #36194c08
+# %% ../nbs/04c_serving.ipynb #f5182980
 def chat_page() -> tuple[str, str]:
     "The page for a conversation in the browser, and its content security policy."
     html = data_path("chat.html").read_text(encoding="utf-8")
@@ -381,7 +381,7 @@ def chat_page() -> tuple[str, str]:
     return html, (f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src 'sha256-{digest('style')}'; img-src data:; connect-src 'self'; "
                   "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
-
+# %% ../nbs/04c_serving.ipynb #ab0fcfa8
 class Guard:
     "In front of an app: requests that `refused` names get an error with status 403."
 
@@ -394,7 +394,7 @@ class Guard:
             app = json_error(ApiError(why, 403, "forbidden"))
         await app(scope, receive, send)
 
-
+# %% ../nbs/04c_serving.ipynb #3a1f95b0
 def make_app(session: Session, hosts: frozenset[str] | None = LOOPBACK, log: Callable[[str], None] | None = None):
     "The server as an ASGI application. Raises UserError where starlette is missing."
     Starlette, _ = _starlette()
@@ -418,7 +418,7 @@ def make_app(session: Session, hosts: frozenset[str] | None = LOOPBACK, log: Cal
     app.state.desk = desk
     return app
 
-# %% ../nbs/04c_serving.ipynb #c335470e
+# %% ../nbs/04c_serving.ipynb #59904a51
 def listen(host: str, port: int) -> socket.socket:
     "A socket that listens; port 0 takes a free one. Raises UserError where that is not possible."
     if not 0 <= port <= 65535:  # getaddrinfo would take another port without a word
@@ -434,7 +434,7 @@ def names_of(host: str) -> frozenset[str] | None:
     "The names to which a server at `host` answers; None, which is every name, where it listens on all addresses."
     return None if host in ("0.0.0.0", "::", "") else LOOPBACK | {host.lower()}
 
-# %% ../nbs/04c_serving.ipynb #4a764198
+# %% ../nbs/04c_serving.ipynb #31376558
 def make_server(session: Session, hosts: frozenset[str] | None = LOOPBACK, log: Callable[[str], None] | None = None):
     "A uvicorn server for a session; its `run(sockets=[listener])` serves until `should_exit`."
     app, (_, uvicorn) = make_app(session, hosts, log), _starlette()
@@ -442,7 +442,7 @@ def make_server(session: Session, hosts: frozenset[str] | None = LOOPBACK, log: 
     app.state.desk.stopping = lambda: server.should_exit
     return server
 
-
+# %% ../nbs/04c_serving.ipynb #1c1ce26d
 def serve(folder: str | Path, name: str | None = None, model_name: str | None = None, host: str = "127.0.0.1", port: int = 8000, quiet: bool = False,
           context: int | None = None) -> int:
     """Serve a model over HTTP until a signal ends it; returns 128 plus the signal's number, as shells do.

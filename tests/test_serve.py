@@ -547,9 +547,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(pilot):
     t.until("> ")
     t.say("/stats")
     assert "of the context used" in t.until("\n> ")
+    time.sleep(0.5)          # the prompt is shown a moment before input is waited for
     os.killpg(t.process.pid, signal.SIGINT)
     t.until("Ctrl-C again")
     t.until("> ")
+    time.sleep(0.5)
     os.killpg(t.process.pid, signal.SIGINT)
     t.until("error: interrupted")
     assert t.process.wait(timeout=20) == 130
