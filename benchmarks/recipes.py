@@ -5,7 +5,6 @@ this costs or saves. The learning rate of each is chosen from a grid on validati
 seeds, on test rows that nothing was chosen on. Seed s has the same order of data in all recipes, so that differences can be paired."""
 import json
 import math
-import os
 import statistics
 import time
 from pathlib import Path
@@ -18,29 +17,12 @@ from llm_course.filtering import clean_documents
 from llm_course.mixing import mix
 from llm_course.counting import count_parameters
 from llm_course.model import ModelConfig, Transformer
+from llm_course.recipes import RECIPES, paired_difference, recipe_config
 from llm_course.tokenizer import train_tokenizer
 from llm_course.trainer import TrainConfig, Trainer, mean_loss, seed_all
 from llm_course.world import make_village, python_code, python_docs, village_documents
 
 SHAPE = {"dim": 96, "n_layers": 4, "n_heads": 4, "max_seq_len": 128}
-OLD = {"norm": "layernorm", "norm_position": "post", "positions": "sinusoidal", "activation": "relu", "bias": True}
-GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu_tanh", "bias": True}
-RECIPES = {
-    "modern (Llama)": {}, "2017": OLD, "2017, but pre-norm": OLD | {"norm_position": "pre"}, "GPT-2 (2019)": GPT2,
-    "Qwen3 (2025)": {"n_kv_heads": 2, "qk_norm": True},
-    "post-norm": {"norm_position": "post"}, "LayerNorm": {"norm": "layernorm"},
-    "learned positions": {"positions": "learned"}, "sinusoidal positions": {"positions": "sinusoidal"}, "no positions": {"positions": "none"},
-    "GELU": {"activation": "gelu"}, "ReLU": {"activation": "relu"}, "biases": {"bias": True},
-    "2 key-value heads": {"n_kv_heads": 2}, "1 key-value head": {"n_kv_heads": 1}, "QK-norm": {"qk_norm": True},
-    "untied embeddings": {"tie_embeddings": False}, "dropout 0.1": {"dropout": 0.1},
-}
-
-
-def configs(vocab_size: int) -> dict[str, ModelConfig]:
-    "Every recipe with the feed-forward width that brings its parameters nearest to the modern block's."
-    target = count_parameters(ModelConfig(vocab_size, **SHAPE))["total"]
-    near = lambda r: min((ModelConfig(vocab_size, **SHAPE | r, ffn_dim=f) for f in range(8, 800, 2)), key=lambda c: abs(count_parameters(c)["total"] - target))
-    return {name: near(recipe) for name, recipe in RECIPES.items()}
 
 
 def make_rows(n_train: int, n_held_out: int, vocab_size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
@@ -81,19 +63,12 @@ def one_run(config: ModelConfig, train, test, lr: float, seed: int) -> dict:
     return {"lr": lr, "seed": seed, "loss": round(loss, 4) if math.isfinite(loss) else None, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def paired(rows: list[float], base: list[float]) -> dict:
-    "Mean difference to the modern block, seed by seed, with the 95 % interval of Student's t."
-    d = [a - b for a, b in zip(rows, base)]
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(d)]
-    return {"difference": round(statistics.mean(d), 4), "half_width": round(t * statistics.stdev(d) / math.sqrt(len(d)), 4)}
-
-
 if __name__ == "__main__":
     from record import arguments, save
     args = arguments(__doc__, rows=4000, seeds=3, held_out=300, partial="recipes.partial.jsonl")
     torch.set_num_threads(1)
     train, val, test, vocab_size = make_rows(args.rows, args.held_out, 1024)
-    everything, done, partial = configs(vocab_size), {}, Path(args.partial)
+    everything, done, partial = {name: recipe_config(name, vocab_size, **SHAPE) for name in RECIPES}, {}, Path(args.partial)
     if partial.exists():      # go on where an earlier attempt stopped
         done = {(r["recipe"], r["what"], r["lr"], r["seed"]): r for r in map(json.loads, partial.read_text().splitlines())}
 
@@ -112,7 +87,9 @@ if __name__ == "__main__":
         losses = [run(name, "test", test, best, seed)["loss"] for seed in range(args.seeds)]
         table[name] = {"change": RECIPES[name], "ffn_dim": everything[name].ffn_dim, "parameters": count_parameters(everything[name])["total"],
                        "lr": best, "val_by_lr": {f"{r['lr']:g}": r["loss"] for r in tried}, "losses": losses, "mean": round(statistics.mean(losses), 4),
-                       "sd": round(statistics.stdev(losses), 4)} | paired(losses, table["modern (Llama)"]["losses"] if table else losses)
+                       "sd": round(statistics.stdev(losses), 4)}
+        difference, half_width = paired_difference(losses, table["modern (Llama)"]["losses"])
+        table[name] |= {"difference": round(difference, 4), "half_width": round(half_width, 4)}
         print(name, table[name], flush=True)
     if args.save:
         save("recipes", "Loss (nats a token) on held-out rows of small models after the same tokens, with the same parameters, by recipe; three seeds",

@@ -169,14 +169,9 @@ class PackedModel:
         c, (T, start) = self.config, (ids.shape[1], cache.length if cache is not None else 0)
         if mask is None and start and T > 1:
             mask = torch.ones(T, start + T, dtype=torch.bool).tril(start)
-        where = slice(start, start + T) if positions is None else positions
-        x, rope = self.embed_tokens(ids), None
+        x, rope = self.model.embed(ids, torch.arange(start, start + T) if positions is None else positions), None
         if c.positions == "rope":
-            rope = tuple(t[where] if positions is None else t[where][:, None] for t in (self.cos, self.sin))
-        elif c.positions == "learned":
-            x = x + self.model.embed_positions.weight[where]
-        elif c.positions == "sinusoidal":
-            x = math.sqrt(c.dim) * (x + 0.02 * self.model.embed_sinusoids[where])
+            rope = tuple(t[start:start + T] if positions is None else t[positions][:, None] for t in (self.cos, self.sin))
         for i, layer in enumerate(self.layers):
             x = self._block(i, layer, x, rope, mask, cache)
         if cache is not None:
