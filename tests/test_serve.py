@@ -482,7 +482,8 @@ def test_another_host_is_warned_of(pilot):
     s = start(pilot, "--host", "0.0.0.0", "--quiet")
     try:
         assert any("there is no password" in line for line in s.lines)
-        assert s.raw("GET", "/health", headers={"Host": "my.machine:8000"})[0] == 200
+        assert s.raw("GET", "/health", headers={"Host": "192.168.0.7:8000"})[0] == 200
+        assert s.raw("GET", "/health", headers={"Host": "my.machine:8000"})[0] == 403      # a name that somebody could point here
         assert s.raw("GET", "/health", headers={"Origin": "https://evil.example"})[0] == 403
     finally:
         stop(s)
