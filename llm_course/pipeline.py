@@ -47,7 +47,9 @@ from .reward import RewardModel, as_gold, pair_correctness, pair_examples, train
 from .tasks import word_tables
 from .sft import sft, sft_examples, wake_special_tokens
 from .tokenizer import Tokenizer, bytes_per_token, train_tokenizer
-from .trainer import Callback, Progress, TrainConfig, Trainer, autocast_of, checkpoints, make_accelerator, seed_all
+from .checkpoint import checkpoints
+from .step import autocast_of
+from .trainer import Callback, Progress, TrainConfig, Trainer, make_accelerator, seed_all
 from .votes import filter_pairs
 from .world import baselines, grade, inject_mess, instruction_rows, make_tasks, make_village, preference_rows, python_code, python_docs, sample_tasks, village_documents
 

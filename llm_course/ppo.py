@@ -22,7 +22,8 @@ from .model import Transformer
 from .packing import stack_rows
 from .reward import RewardModel, rewards_of
 from .tokenizer import Tokenizer
-from .trainer import Callback, TrainConfig, Trainer, batch_indices, decay_groups
+from .step import decay_groups
+from .trainer import Callback, TrainConfig, Trainer, batch_indices
 
 # %% ../nbs/07a_ppo.ipynb #db3bac2a
 def token_rewards(logps: Tensor, ref_logps: Tensor, scores: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
