@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .reading import UserError
 from .model import KVCache, ModelConfig, RMSNorm, Transformer
+from .products import Linear
 from .tokenizer import Tokenizer
 
 # %% ../nbs/04a_generation.ipynb #728e7b25
@@ -139,7 +140,7 @@ def packable(model: Transformer) -> bool:
         return False
     a, f = [b.self_attn for b in model.layers], [b.mlp for b in model.layers]
     maps = [m for x in a for m in (x.q_proj, x.k_proj, x.v_proj, x.o_proj)] + [m for x in f for m in (x.gate_proj, x.up_proj, x.down_proj)]
-    plain = all(m is None or type(m) is nn.Linear for m in (*maps, model.lm_head))
+    plain = all(m is None or type(m) in (nn.Linear, Linear) for m in (*maps, model.lm_head))
     return plain and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
 
 # %% ../nbs/04a_generation.ipynb #d4ea388e

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .reading import UserError
+from .products import Linear, linear
 
 # %% ../nbs/04_architecture.ipynb #a9506482
 @dataclass
@@ -195,10 +196,10 @@ class Attention(nn.Module):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
         self.c, self.layer, D = c, layer, c.head_dim
-        self.q_proj = nn.Linear(c.dim, c.n_heads * D, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.n_heads * D, c.dim, bias=c.out_bias)
+        self.q_proj = Linear(c.dim, c.n_heads * D, bias=c.qkv_bias)
+        self.k_proj = Linear(c.dim, c.n_kv_heads * D, bias=c.qkv_bias)
+        self.v_proj = Linear(c.dim, c.n_kv_heads * D, bias=c.qkv_bias)
+        self.o_proj = Linear(c.n_heads * D, c.dim, bias=c.out_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = make_norm(c, D), make_norm(c, D)
 
@@ -221,9 +222,9 @@ class MLP(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.act = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}[c.activation]
-        self.gate_proj = nn.Linear(c.dim, c.ffn_dim, bias=c.mlp_bias) if c.activation == "swiglu" else None
-        self.up_proj = nn.Linear(c.dim, c.ffn_dim, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.ffn_dim, c.dim, bias=c.mlp_bias)
+        self.gate_proj = Linear(c.dim, c.ffn_dim, bias=c.mlp_bias) if c.activation == "swiglu" else None
+        self.up_proj = Linear(c.dim, c.ffn_dim, bias=c.mlp_bias)
+        self.down_proj = Linear(c.ffn_dim, c.dim, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x) if self.gate_proj else self.act(self.up_proj(x)))
@@ -259,7 +260,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm = make_norm(c) if c.norm_position == "pre" else nn.Identity()
-        self.lm_head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)
+        self.lm_head = None if c.tie_embeddings else Linear(c.dim, c.vocab_size, bias=False)
         if c.positions == "learned":
             self.embed_positions = nn.Embedding(c.max_seq_len, c.dim)
         self.fill_tables()
@@ -321,7 +322,7 @@ class Transformer(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         "Logits over the vocabulary of hidden states `[..., C]`."
-        return F.linear(h, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
+        return linear(h, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(h)
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None,
                 keep: Tensor | None = None) -> Tensor:
