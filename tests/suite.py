@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOK_LIMIT, PYTEST_LIMIT = 30 * 60, 30 * 60
+CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
 
 
@@ -51,7 +52,7 @@ def notebooks() -> tuple[int, int]:
     names = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
     todo, running, failed, start = list(names), {}, 0, time.perf_counter()
     while todo or running:
-        while todo and len(running) < min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 8):
+        while todo and len(running) < CORES:
             nb = todo.pop(0)
             running[nb] = (subprocess.Popen([str(BIN / "nbdev_test"), "--path", str(nb), "--n_workers", "0"], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                             errors="replace"), time.perf_counter())
@@ -74,8 +75,8 @@ def notebooks() -> tuple[int, int]:
 
 
 def pytest() -> tuple[int, int]:
-    "The tests of `tests/`."
-    done = run(sys.executable, "-m", "pytest", "tests", "--durations=8", limit=PYTEST_LIMIT, capture_output=True, text=True)
+    "The tests of `tests/`, as many files at a time as there are cores."
+    done = run(sys.executable, "-m", "pytest", "tests", "--durations=8", "-n", str(CORES), "--dist", "loadfile", limit=PYTEST_LIMIT, capture_output=True, text=True)
     print(done.stdout[-12_000:], done.stderr[-4000:], sep="")
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?)", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")}
     failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
