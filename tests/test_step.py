@@ -1,4 +1,5 @@
 """The parts of one training step: equal to PyTorch's own, for shapes, types and settings drawn at random."""
+import copy
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llm_course.model import ModelConfig, Transformer
+from llm_course.model import KVCache, ModelConfig, Transformer
 from llm_course.packing import packed_loss
 from llm_course.reading import UserError
 from llm_course.step import (PlainAdamW, Together, TrainConfig, autocast_of, chunked_loss, clip_gradients, compiled, decay_groups, learning_rate,
@@ -213,8 +214,27 @@ def test_compiled_layers():
     torch.compiler.reset()
 
 
+def test_generation_is_not_compiled():
+    "Neither the plain call nor a copy of the model compiles anew when a cache is at work between two training steps."
+    from torch._dynamo.testing import CompileCounter
+    torch.compiler.reset()
+    counter = CompileCounter()
+    model, batch = compiled(make(n_layers=10), backend=counter), rows()
+    whole(model, batch=batch)
+    first = counter.frame_count
+    assert 1 <= first <= 3                                                 # one for all ten layers
+    with torch.no_grad():
+        cache = KVCache(model.config, 1, 20)
+        steps = torch.cat([model(batch["input_ids"][1:2, i:i + 1], cache=cache) for i in range(12)], 1)
+    torch.testing.assert_close(steps, make(n_layers=10)(batch["input_ids"][1:2, :12]), rtol=1e-4, atol=1e-5)
+    whole(model, batch=batch)
+    assert counter.frame_count == first
+    torch.testing.assert_close(whole(copy.deepcopy(model), batch=batch)[2], whole(make(n_layers=10), batch=batch)[2], rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
 def test_settings_are_checked():
-    for wrong in ({"steps": 0}, {"lr": -1.0}, {"schedule": "linear"}, {"precision": "fp8"}, {"optimizer": "sgd"}):
+    for wrong in ({"steps": 0}, {"lr": -1.0}, {"schedule": "linear"}, {"precision": "fp8"}, {"optimizer": "sgd"}, {"warmup": 100}, {"min_lr": -0.1}, {"micro_batch": -1}):
         with pytest.raises(UserError):
             TrainConfig(**{"steps": 5} | wrong)
     assert not TrainConfig(5).recompute and not TrainConfig(5).compile
