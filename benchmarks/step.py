@@ -1,6 +1,6 @@
-"""Two trades of memory against time in one training step: the chunked linear cross-entropy, and recomputed activations.
+"""What three switches of a training step save and cost: the chunked linear cross-entropy, recomputed activations, compiled layers.
 
-Each row of the first table is measured in processes of its own (peak resident memory above that before the first run, when the inputs are there),
+Each row is measured in processes of its own (peak resident memory above that before the first run, when the inputs are there),
 the ways of computing in turn, several rounds; times are the best of the rounds, one thread, forward and backward.
 
     python benchmarks/step.py --save
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from llm_course.model import ModelConfig, Transformer
 from llm_course.packing import packed_loss
-from llm_course.step import linear_cross_entropy, recompute_activations
+from llm_course.step import compiled, linear_cross_entropy, recompute_activations
 from record import arguments, save
 
 ROWS, DIM, VOCAB = 2048, 256, 16_384
@@ -34,7 +34,7 @@ def now_mb() -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
-def measured(run, repeats: int = 2) -> dict:
+def measured(run, repeats: int = 3) -> dict:
     "Seconds (best) and peak memory above the start, in MB, of `run()`."
     before, times = now_mb(), []
     for _ in range(repeats):
@@ -61,6 +61,7 @@ def cross_entropy(way: str) -> dict:
 def activations(way: str) -> dict:
     torch.manual_seed(0)
     model = recompute_activations(Transformer(ModelConfig(2048, dim=256, n_layers=8, n_heads=8, max_seq_len=256)), way == "recompute")
+    model = compiled(model) if way == "compiled" else model
     ids = torch.randint(0, 2048, (8, 256))
     batch = {"input_ids": ids, "labels": ids, "doc_ids": torch.zeros_like(ids)}
     packed_loss(model, {k: v[:1] for k, v in batch.items()})[0].backward()   # gradients and the libraries' own memory are there
@@ -89,8 +90,9 @@ if __name__ == "__main__":
         print(json.dumps({"cross_entropy": cross_entropy, "activations": activations}[kind](way)))
     else:
         figures = {"shape": {"rows": ROWS, "dim": DIM, "vocab": VOCAB}, "rounds": args.rounds, "cross_entropy": table("cross_entropy", WAYS, args.rounds),
-                   "model": {"vocab_size": 2048, "dim": 256, "n_layers": 8, "batch": 8, "seq_len": 256}, "activations": table("activations", ("keep", "recompute"), args.rounds)}
+                   "model": {"vocab_size": 2048, "dim": 256, "n_layers": 8, "batch": 8, "seq_len": 256}, "activations": table("activations", ("keep", "recompute"), args.rounds),
+                   "compile": [{"way": r["way"], "seconds": r["seconds"]} for r in table("activations", ("keep", "compiled"), args.rounds)]}   # the compiler's own memory says nothing
         print(json.dumps(figures, indent=1))
         if args.save:
             save("step", "One thread, float32, forward and backward: peak memory above the inputs (MB) and best time (s) of the loss of the output layer, "
-                 "plain and in chunks; and of a model that keeps or recomputes its activations.", figures)
+                 "plain and in chunks; of a model that keeps or recomputes its activations; and best time of the same model as it is and compiled.", figures)
