@@ -21,7 +21,7 @@ from .model import Block, Transformer, document_mask
 from .packing import restarting_positions
 from .tasks import IGNORE
 
-# %% ../nbs/05_step.ipynb #5e20ff0e
+# %% ../nbs/05_step.ipynb #2d3a7ff0
 def _softmax_error(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     "Cross-entropy sum of `logits` `[n, V]`, and its derivative, for which the logits are overwritten."
     keep = targets != IGNORE
@@ -31,7 +31,7 @@ def _softmax_error(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     error = logits.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=logits.dtype))
     return loss, error.mul_(keep[:, None])
 
-# %% ../nbs/05_step.ipynb #45d5ffcf
+# %% ../nbs/05_step.ipynb #d172ca77
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     "Add `a @ b` to `total`: in one pass where the types agree, so that the product is never stored."
     if a.dtype == b.dtype == total.dtype:
@@ -39,7 +39,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     else:
         total += a @ b
 
-# %% ../nbs/05_step.ipynb #dbc3b8b3
+# %% ../nbs/05_step.ipynb #a3d191b4
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk, with_grad):
@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, from_above):
         return *(None if d is None else (d * from_above).to(d.dtype) for d in ctx.saved_tensors), None, None, None
 
-# %% ../nbs/05_step.ipynb #861b7321
+# %% ../nbs/05_step.ipynb #be25e8b9
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, chunk: int = 1024) -> Tensor:
     """Cross-entropy sum of `hidden @ weight.T + bias` against `targets`, without ever holding more than `chunk` rows of logits.
 
@@ -81,7 +81,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: 
         raise UserError(f"chunk={chunk} must be at least 1")
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, chunk, torch.is_grad_enabled())
 
-# %% ../nbs/05_step.ipynb #b20248c1
+# %% ../nbs/05_step.ipynb #fac78283
 def chunked_loss(model: Transformer, batch: dict[str, Tensor], chunk: int = 1024) -> tuple[Tensor, Tensor, dict]:
     """The same as `packing.packed_loss` with at most `chunk` rows of logits in memory; `model` must be the `Transformer` itself.
 
@@ -153,7 +153,7 @@ def learning_rate(step: int, c: TrainConfig) -> float:
         return c.lr * (1 - (1 - c.min_lr) * (done - 1 + c.decay) / c.decay)
     return c.lr
 
-# %% ../nbs/05_step.ipynb #84b87c38
+# %% ../nbs/05_step.ipynb #f816994f
 class PlainAdamW(torch.optim.Optimizer):
     "AdamW (Loshchilov & Hutter, 2019) as the formula says, one tensor at a time; `torch.optim.AdamW` takes the same steps, faster."
 
@@ -178,7 +178,7 @@ class PlainAdamW(torch.optim.Optimizer):
         m, v = s["exp_avg"] / (1 - beta1 ** s["step"]), s["exp_avg_sq"] / (1 - beta2 ** s["step"])
         p.mul_(1 - g["lr"] * g["weight_decay"]).sub_(g["lr"] * m / (v.sqrt() + g["eps"]))
 
-# %% ../nbs/05_step.ipynb #0644cf2c
+# %% ../nbs/05_step.ipynb #978ede41
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients by one factor, so that their norm together is at most `max_norm`; returns the norm before.
 
@@ -221,7 +221,7 @@ class Together(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._link()
 
-# %% ../nbs/05_step.ipynb #db22047f
+# %% ../nbs/05_step.ipynb #13a1fdaf
 def _inner_matrices(model: nn.Module) -> list[nn.Parameter]:
     "Weights of the linear maps inside the layers: not of the output heads."
     return [m.weight for name, m in model.named_modules()
@@ -249,13 +249,13 @@ def bf16_in_hardware() -> bool:
     abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
 
-# %% ../nbs/05_step.ipynb #9cdf144c
+# %% ../nbs/05_step.ipynb #0e031c9e
 def autocast_of(c: TrainConfig) -> torch.autocast:
     "The context in which a run of these settings computes; for what must agree with it, such as a reference model's log-probabilities."
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.autocast(device, dtype=torch.bfloat16, enabled=c.precision == "bf16" or (c.precision == "auto" and bf16_in_hardware()))
 
-# %% ../nbs/05_step.ipynb #607709c5
+# %% ../nbs/05_step.ipynb #6ba6ad13
 def recompute_activations(model: nn.Module, on: bool = True) -> nn.Module:
     """Let each `Transformer` in `model` keep only the inputs of its layers and compute the rest again in the backward pass
     (Chen et al., 2016), or no longer; returns the model. Gradients stay the same. Raises UserError where there is none."""
@@ -266,12 +266,12 @@ def recompute_activations(model: nn.Module, on: bool = True) -> nn.Module:
         m.recompute = on
     return model
 
-# %% ../nbs/05_step.ipynb #0dca5446
+# %% ../nbs/05_step.ipynb #ceac81b4
 def _unless_cached(fast: Callable, slow: Callable) -> Callable:
     "`fast`, or `slow` for calls that bring a key-value cache."
     return lambda x, rope=None, mask=None, cache=None: (fast if cache is None else slow)(x, rope, mask, cache)
 
-# %% ../nbs/05_step.ipynb #fc7de5e6
+# %% ../nbs/05_step.ipynb #a1c64ba0
 def compiled(model: nn.Module, backend: str | Callable = "inductor") -> nn.Module:
     """Compile the layers of the `Transformer`s in `model`, in place (the first step then takes longer); returns the model.
 
