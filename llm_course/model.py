@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .reading import UserError
 from .products import Linear, linear
@@ -256,7 +257,7 @@ class Transformer(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.config, self.drop = c, nn.Dropout(c.dropout)
+        self.config, self.drop, self.recompute = c, nn.Dropout(c.dropout), False
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm = make_norm(c) if c.norm_position == "pre" else nn.Identity()
@@ -315,7 +316,8 @@ class Transformer(nn.Module):
         x = self.embed(ids, positions)
         rope = self.rope(positions, x)
         for layer in self.layers:
-            x = layer(x, rope, mask, cache)
+            again = self.recompute and torch.is_grad_enabled() and cache is None    # keep no activations; compute them again in the backward pass
+            x = checkpoint(layer, x, rope, mask, use_reentrant=False) if again else layer(x, rope, mask, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
