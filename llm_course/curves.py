@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,7 +31,11 @@ from .counting import flops_per_token
 from .model import ModelConfig
 from .trainer import Callback, Trainer
 
-# %% ../nbs/05_curves.ipynb #bc132008
+if TYPE_CHECKING:          # matplotlib is loaded only where something is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# %% ../nbs/05_curves.ipynb #f95f1763
 def smooth(values: Sequence[float], beta: float = 0.9) -> list[float]:
     """Exponential moving average with bias correction (Kingma & Ba, 2015, section 3); as long as `values`.
 
@@ -44,7 +49,7 @@ def smooth(values: Sequence[float], beta: float = 0.9) -> list[float]:
         out.append(mean / weight if weight else math.nan)
     return out
 
-# %% ../nbs/05_curves.ipynb #8ff47db0
+# %% ../nbs/05_curves.ipynb #29982dc1
 @dataclass
 class RunLog:
     "The columns of a training log: `log['loss']` is `(steps, values)`, two empty lists for what was never logged."
@@ -72,7 +77,7 @@ class RunLog:
                 self.replaced += 1
                 steps.pop(), values.pop()
 
-# %% ../nbs/05_curves.ipynb #2eeec127
+# %% ../nbs/05_curves.ipynb #9efe9f39
 def as_log(run: str | Path | Iterable[dict] | RunLog) -> RunLog:
     "A `RunLog` of a folder, of a trainer's `history` or of other records with a `step`."
     if isinstance(run, RunLog):
@@ -109,7 +114,7 @@ def _record(line: bytes) -> dict | None:
         return None
     return found if isinstance(found, dict) and type(found.get("step")) is int else None
 
-# %% ../nbs/05_curves.ipynb #6410dbf5
+# %% ../nbs/05_curves.ipynb #5caf8d81
 def speeds(log: RunLog) -> tuple[list[int], list[float]]:
     "Steps and tokens per second of a log: tokens of a step, a mean since the record before, over the seconds of the step."
     steps, tokens = log["tokens"]
@@ -133,7 +138,7 @@ PEAK_TFLOPS = {     # dense 16-bit matrix products a second, in 10^12, accumulat
     "MI250X": 191.5, "MI250": 181, "MI210": 181, "MI300X": 1307, "MI325X": 1307, "MI355X": 2500,    # AMD; a MI250 shows as two devices, this is one
 }
 
-# %% ../nbs/05_curves.ipynb #a0e9ea74
+# %% ../nbs/05_curves.ipynb #4dc3dbc0
 def gpu_peak(name: str) -> float | None:
     """Peak operations per second of a GPU by its device name; None for one that `PEAK_TFLOPS` does not know.
 
@@ -150,7 +155,7 @@ def mfu(tokens_per_second: float, c: ModelConfig, peak: float, seq_len: int | No
         raise UserError(f"peak={peak}: give the device's operations per second, for instance gpu_peak(torch.cuda.get_device_name(0))")
     return tokens_per_second * flops_per_token(c, seq_len) / peak
 
-# %% ../nbs/05_curves.ipynb #f2bac11a
+# %% ../nbs/05_curves.ipynb #6bd85d8f
 def measured_peak(size: int = 1024, repeats: int = 5, dtype: torch.dtype = torch.float32, threads: int | None = None) -> float:
     "Operations per second of the best of some square matrix products on the CPU, with `threads` of them: an upper bound for this machine, now."
     before = torch.get_num_threads()
@@ -174,8 +179,8 @@ def device_peak(device: torch.device | str, dtype: torch.dtype = torch.float32) 
         return measured_peak(repeats=3, dtype=dtype)
     return gpu_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
-# %% ../nbs/05_curves.ipynb #1d5ec5fa
-def plot_run(run: str | Path | Iterable[dict] | RunLog, beta: float = 0.9, levels: dict[str, float] | None = None):
+# %% ../nbs/05_curves.ipynb #286666ed
+def plot_run(run: str | Path | Iterable[dict] | RunLog, beta: float = 0.9, levels: dict[str, float] | None = None) -> "Figure":
     """One figure of a run: loss (each step pale, smoothed, held out), learning rate, gradient norm, tokens per second.
 
     `levels` are named losses to draw as horizontal lines, for instance `{"ln V": 6.9}`. Returns a matplotlib Figure."""
@@ -184,13 +189,21 @@ def plot_run(run: str | Path | Iterable[dict] | RunLog, beta: float = 0.9, level
     fig = Figure(figsize=(8, 4.6), layout="constrained")
     axes = fig.subplots(2, 2, sharex=True)
     _loss_panel(axes[0, 0], log, beta, levels or {})
-    for ax, (title, (steps, values), scale) in zip(axes.flat[1:], (("learning rate", log["lr"], "linear"), ("gradient norm", log["grad_norm"], "log"),
-                                                                    ("tokens a second", speeds(log), "linear"))):
-        ax.plot(steps, values, lw=0.8)
-        ax.set(title=title, yscale=scale if any(v > 0 for v in values) else "linear")
+    axes[0, 1].plot(*log["lr"])
+    axes[0, 1].set(title="learning rate")
+    for ax, title, (steps, values) in ((axes[1, 0], "gradient norm", log["grad_norm"]), (axes[1, 1], "tokens a second", speeds(log))):
+        ax.plot(steps, values, color="C0", alpha=0.3, lw=0.8)
+        ax.plot(steps, smooth(values, beta), color="C0")
+        ax.set(title=title, yscale="log" if title == "gradient norm" and _wide(values) else "linear")
     for ax in axes[1]:
         ax.set_xlabel("step")
     return fig
+
+
+def _wide(values: list[float]) -> bool:
+    "Do positive values span more than a factor of ten?"
+    positive = [v for v in values if math.isfinite(v) and v > 0]
+    return bool(positive) and max(positive) > 10 * min(positive)
 
 
 def _loss_panel(ax, log: RunLog, beta: float, levels: dict[str, float]) -> None:
@@ -204,7 +217,7 @@ def _loss_panel(ax, log: RunLog, beta: float, levels: dict[str, float]) -> None:
     ax.set(title="loss (nats a token)")
     ax.legend(fontsize=7)
 
-# %% ../nbs/05_curves.ipynb #2bc9f3ea
+# %% ../nbs/05_curves.ipynb #3f1700d5
 class LivePlot(Callback):
     """The curves of the run, redrawn in place in the notebook at most every `seconds`; outside of one, only the file is written.
 
@@ -242,7 +255,7 @@ class LivePlot(Callback):
         else:
             self.shown = display(data, raw=True, display_id=True)
 
-# %% ../nbs/05_curves.ipynb #d91fe9af
+# %% ../nbs/05_curves.ipynb #232fcbef
 def _in_notebook() -> bool:
     "Is there a Jupyter kernel that can show a picture?"
     ipython = sys.modules.get("IPython")
@@ -255,7 +268,7 @@ def _replace(path: Path, content: bytes) -> None:
     partial.write_bytes(content)
     os.replace(partial, path)
 
-# %% ../nbs/05_curves.ipynb #da09a459
+# %% ../nbs/05_curves.ipynb #bba9f3dc
 BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))   # bit of the dot in row 0-3, column 0-1, added to U+2800
 
 
@@ -275,7 +288,7 @@ def braille(xs: Sequence[float], ys: Sequence[float], width: int = 60, height: i
                 cells[row // 4][column // 2] |= BITS[row % 4][column % 2]
     return ["".join(chr(0x2800 + c) for c in line) for line in cells]
 
-# %% ../nbs/05_curves.ipynb #18a5370a
+# %% ../nbs/05_curves.ipynb #50b0e60b
 def text_plot(name: str, steps: Sequence[int], values: Sequence[float], width: int = 70, height: int = 8) -> str:
     "A curve as lines of text, `width` characters wide, with its extremes at the left and its steps below."
     finite = [v for v in values if math.isfinite(v)]
@@ -287,7 +300,7 @@ def text_plot(name: str, steps: Sequence[int], values: Sequence[float], width: i
     foot = f"{'':{margin}}  step {steps[0]} to {steps[-1]}; {name} now {finite[-1]:.4g}"
     return "\n".join([*lines, foot])
 
-# %% ../nbs/05_curves.ipynb #748e5855
+# %% ../nbs/05_curves.ipynb #01554981
 class TerminalPlot(Callback):
     "The smoothed curve of `key`, redrawn in place in the terminal at most every `seconds`, as wide as the terminal; nothing where there is none."
 
@@ -318,7 +331,7 @@ class TerminalPlot(Callback):
             self.out.flush()
         self.lines = text.count("\n") + 1
 
-# %% ../nbs/05_curves.ipynb #f032667c
+# %% ../nbs/05_curves.ipynb #d0816894
 def _columns(stream) -> int:
     "Width of the terminal less one column, so that no line wraps."
     try:
@@ -326,7 +339,7 @@ def _columns(stream) -> int:
     except (OSError, ValueError):      # no terminal behind it, or a size that nobody knows
         return 79
 
-# %% ../nbs/05_curves.ipynb #5db41a12
+# %% ../nbs/05_curves.ipynb #fb57cc26
 def run_peak(trainer: Trainer) -> float | None:
     "Peak operations per second of all devices of a run; None where utilisation cannot be told: peak unknown, another model, frozen weights."
     known = isinstance(getattr(trainer.model, "config", None), ModelConfig) and all(p.requires_grad for p in trainer.model.parameters())
@@ -361,7 +374,7 @@ class Progress(Callback):
         if trainer.n_steps >= trainer.config.steps:
             self.bar.close()
 
-# %% ../nbs/05_curves.ipynb #f9ba8595
+# %% ../nbs/05_curves.ipynb #1286182e
 class Follower(Callback):
     "Sees each record of the log once, in order, on the main process; subclasses say what to do with it."
 
@@ -399,9 +412,10 @@ def _module(name: str):
     try:
         return importlib.import_module(name)
     except ImportError as e:
-        raise UserError(f'this log needs the package {name.split(".")[0]}: pip install "llm_course[curves]" (or turn the log off)') from e
+        what = '"llm_course[curves]"' if name == "tensorboard" else name
+        raise UserError(f"this log needs the package {name}: pip install {what}, or take the callback away") from e
 
-# %% ../nbs/05_curves.ipynb #b7fd5be0
+# %% ../nbs/05_curves.ipynb #e381b658
 class TensorBoardLog(Follower):
     """Scalars for TensorBoard, in `folder` (default: `tensorboard` in the trainer's folder): `tensorboard --logdir` shows them.
 
@@ -431,7 +445,7 @@ class TensorBoardLog(Follower):
     def close(self) -> None:
         self.writer.close()
 
-# %% ../nbs/05_curves.ipynb #79b3ee14
+# %% ../nbs/05_curves.ipynb #6cb74378
 class WandbLog(Follower):
     """Records for Weights & Biases. Offline unless `mode="online"`; other `options` go to `wandb.init`. Needs the package wandb.
 
@@ -471,17 +485,21 @@ class TrackioLog(WandbLog):
         "What `init` is called with."
         return {"resume": "allow"}
 
-# %% ../nbs/05_curves.ipynb #7decdcc3
-def plot_runs(runs: dict[str, str | Path | Iterable[dict] | RunLog], key: str = "loss", beta: float = 0.9, ax=None):
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        self.run.log(numbers, step=step)
+
+# %% ../nbs/05_curves.ipynb #6f3efe07
+def plot_runs(runs: dict[str, str | Path | Iterable[dict] | RunLog], key: str = "loss", beta: float = 0.9, ax: "Axes | None" = None) -> "Axes":
     "Draw `key` of several runs by name: pale each step, smoothed, and `val_` + key as points. Returns the matplotlib axes."
+    logs = {name: as_log(run) for name, run in runs.items()}
+    for name, log in logs.items():
+        if not log[key][0]:
+            raise UserError(f"run {name!r} has logged no {key!r}; it has {', '.join(sorted(log.columns)) or 'nothing'}")
     if ax is None:
         from matplotlib import pyplot
         ax = pyplot.subplots(figsize=(6, 3.5))[1]
-    for n, (name, run) in enumerate(runs.items()):
-        log, colour = as_log(run), f"C{n % 10}"
-        steps, values = log[key]
-        if not steps:
-            raise UserError(f"run {name!r} has logged no {key!r}; it has {', '.join(sorted(log.columns)) or 'nothing'}")
+    for n, (name, log) in enumerate(logs.items()):
+        colour, (steps, values) = f"C{n % 10}", log[key]
         ax.plot(steps, values, color=colour, alpha=0.25, lw=0.8)
         ax.plot(steps, smooth(values, beta), color=colour, label=name)
         ax.plot(*log[f"val_{key}"], "o", color=colour, ms=4)
