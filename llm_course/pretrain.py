@@ -77,7 +77,7 @@ class NewBlanks(Callback):
     def before_step(self, trainer: Trainer) -> None:
         self.rows.step = trainer.n_steps
 
-# %% ../nbs/05_pretraining.ipynb #878db80f
+# %% ../nbs/05_pretraining.ipynb #5403a010
 def counting_levels(rows: Sequence[dict], held_out: Sequence[dict], vocab_size: int, max_rows: int = 20_000) -> dict[str, float]:
     """Losses on held-out rows, in nats a token, of models that only count: `uniform`, `unigram` (add one), `bigram` (Witten & Bell, 1991).
 
@@ -120,7 +120,7 @@ def pretrain(model: Transformer, rows: Sequence, config: TrainConfig, folder: st
     trainer.fit()
     return trainer
 
-# %% ../nbs/05_pretraining.ipynb #797c1d38
+# %% ../nbs/05_pretraining.ipynb #e8188a4b
 class SampleTexts(Callback):
     """Every `every` steps and at the end, a continuation of each prompt; kept in `texts` as (step, prompt, continuation).
 

@@ -198,3 +198,12 @@ def test_a_missing_service_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(Exception, match="pip install wandb"):
         run(callbacks=[WandbLog("course")], steps=1)
+
+
+@pytest.mark.parametrize("disable, terminal, expected", [(None, False, "step 2 of 4"), (None, True, "4/4"), (True, True, None), (False, False, "4/4")])
+def test_progress_is_shown_where_it_can_be_read(monkeypatch, disable, terminal, expected):
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", screen)
+    run(callbacks=[Progress("toy", disable=disable, seconds=0)], steps=4)
+    assert (expected in screen.getvalue() and "loss" in screen.getvalue() and "MFU" not in screen.getvalue()) if expected else not screen.getvalue()
