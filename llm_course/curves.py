@@ -35,7 +35,7 @@ if TYPE_CHECKING:          # matplotlib is loaded only where something is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../nbs/05_curves.ipynb #f95f1763
+# %% ../nbs/05_curves.ipynb #bc132008
 def smooth(values: Sequence[float], beta: float = 0.9) -> list[float]:
     """Exponential moving average with bias correction (Kingma & Ba, 2015, section 3); as long as `values`.
 
@@ -49,7 +49,7 @@ def smooth(values: Sequence[float], beta: float = 0.9) -> list[float]:
         out.append(mean / weight if weight else math.nan)
     return out
 
-# %% ../nbs/05_curves.ipynb #29982dc1
+# %% ../nbs/05_curves.ipynb #8ff47db0
 @dataclass
 class RunLog:
     "The columns of a training log: `log['loss']` is `(steps, values)`, two empty lists for what was never logged."
@@ -77,7 +77,7 @@ class RunLog:
                 self.replaced += 1
                 steps.pop(), values.pop()
 
-# %% ../nbs/05_curves.ipynb #a2133bf4
+# %% ../nbs/05_curves.ipynb #01d0bcf6
 def as_log(run: str | Path | Iterable[dict] | RunLog) -> RunLog:
     "A `RunLog` of a folder, of a trainer's `history` or of other records with a `step`."
     if isinstance(run, RunLog):
@@ -89,7 +89,7 @@ def as_log(run: str | Path | Iterable[dict] | RunLog) -> RunLog:
         log.add(record)
     return log
 
-
+# %% ../nbs/05_curves.ipynb #fb571597
 def read_log(folder: str | Path) -> RunLog:
     """The columns of `folder/log.jsonl` (or of the file itself). Lines that are no records are left out, their numbers kept.
 
@@ -114,7 +114,7 @@ def _record(line: bytes) -> dict | None:
         return None
     return found if isinstance(found, dict) and type(found.get("step")) is int else None
 
-# %% ../nbs/05_curves.ipynb #5caf8d81
+# %% ../nbs/05_curves.ipynb #6410dbf5
 def speeds(log: RunLog) -> tuple[list[int], list[float]]:
     "Steps and tokens per second of a log: tokens of a step, a mean since the record before, over the seconds of the step."
     steps, tokens = log["tokens"]
@@ -138,7 +138,7 @@ PEAK_TFLOPS = {     # dense 16-bit matrix products a second, in 10^12, accumulat
     "MI250X": 191.5, "MI250": 181, "MI210": 181, "MI300X": 1307, "MI325X": 1307, "MI355X": 2500,    # AMD; a MI250 shows as two devices, this is one
 }
 
-# %% ../nbs/05_curves.ipynb #4dc3dbc0
+# %% ../nbs/05_curves.ipynb #a0e9ea74
 def gpu_peak(name: str) -> float | None:
     """Peak operations per second of a GPU by its device name; None for one that `PEAK_TFLOPS` does not know.
 
@@ -155,7 +155,7 @@ def mfu(tokens_per_second: float, c: ModelConfig, peak: float, seq_len: int | No
         raise UserError(f"peak={peak}: give the device's operations per second, for instance gpu_peak(torch.cuda.get_device_name(0))")
     return tokens_per_second * flops_per_token(c, seq_len) / peak
 
-# %% ../nbs/05_curves.ipynb #6bd85d8f
+# %% ../nbs/05_curves.ipynb #f2bac11a
 def measured_peak(size: int = 1024, repeats: int = 5, dtype: torch.dtype = torch.float32, threads: int | None = None) -> float:
     "Operations per second of the best of some square matrix products on the CPU, with `threads` of them: an upper bound for this machine, now."
     before = torch.get_num_threads()
@@ -179,7 +179,7 @@ def device_peak(device: torch.device | str, dtype: torch.dtype = torch.float32) 
         return measured_peak(repeats=3, dtype=dtype)
     return gpu_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
-# %% ../nbs/05_curves.ipynb #286666ed
+# %% ../nbs/05_curves.ipynb #4f9bea37
 def plot_run(run: str | Path | Iterable[dict] | RunLog, beta: float = 0.9, levels: dict[str, float] | None = None) -> "Figure":
     """One figure of a run: loss (each step pale, smoothed, held out), learning rate, gradient norm, tokens per second.
 
@@ -199,7 +199,7 @@ def plot_run(run: str | Path | Iterable[dict] | RunLog, beta: float = 0.9, level
         ax.set_xlabel("step")
     return fig
 
-
+# %% ../nbs/05_curves.ipynb #c653a04b
 def _wide(values: list[float]) -> bool:
     "Do positive values span more than a factor of ten?"
     positive = [v for v in values if math.isfinite(v) and v > 0]
@@ -217,7 +217,7 @@ def _loss_panel(ax, log: RunLog, beta: float, levels: dict[str, float]) -> None:
     ax.set(title="loss (nats a token)")
     ax.legend(fontsize=7)
 
-# %% ../nbs/05_curves.ipynb #3f1700d5
+# %% ../nbs/05_curves.ipynb #2bc9f3ea
 class LivePlot(Callback):
     """The curves of the run, redrawn in place in the notebook at most every `seconds`; outside of one, only the file is written.
 
@@ -255,7 +255,7 @@ class LivePlot(Callback):
         else:
             self.shown = display(data, raw=True, display_id=True)
 
-# %% ../nbs/05_curves.ipynb #232fcbef
+# %% ../nbs/05_curves.ipynb #d91fe9af
 def _in_notebook() -> bool:
     "Is there a Jupyter kernel that can show a picture?"
     ipython = sys.modules.get("IPython")
@@ -268,7 +268,7 @@ def _replace(path: Path, content: bytes) -> None:
     partial.write_bytes(content)
     os.replace(partial, path)
 
-# %% ../nbs/05_curves.ipynb #bba9f3dc
+# %% ../nbs/05_curves.ipynb #da09a459
 BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))   # bit of the dot in row 0-3, column 0-1, added to U+2800
 
 
@@ -288,7 +288,7 @@ def braille(xs: Sequence[float], ys: Sequence[float], width: int = 60, height: i
                 cells[row // 4][column // 2] |= BITS[row % 4][column % 2]
     return ["".join(chr(0x2800 + c) for c in line) for line in cells]
 
-# %% ../nbs/05_curves.ipynb #50b0e60b
+# %% ../nbs/05_curves.ipynb #18a5370a
 def text_plot(name: str, steps: Sequence[int], values: Sequence[float], width: int = 70, height: int = 8) -> str:
     "A curve as lines of text, `width` characters wide, with its extremes at the left and its steps below."
     finite = [v for v in values if math.isfinite(v)]
@@ -300,7 +300,7 @@ def text_plot(name: str, steps: Sequence[int], values: Sequence[float], width: i
     foot = f"{'':{margin}}  step {steps[0]} to {steps[-1]}; {name} now {finite[-1]:.4g}"
     return "\n".join([*lines, foot])
 
-# %% ../nbs/05_curves.ipynb #01554981
+# %% ../nbs/05_curves.ipynb #748e5855
 class TerminalPlot(Callback):
     "The smoothed curve of `key`, redrawn in place in the terminal at most every `seconds`, as wide as the terminal; nothing where there is none."
 
@@ -331,7 +331,7 @@ class TerminalPlot(Callback):
             self.out.flush()
         self.lines = text.count("\n") + 1
 
-# %% ../nbs/05_curves.ipynb #d0816894
+# %% ../nbs/05_curves.ipynb #f032667c
 def _columns(stream) -> int:
     "Width of the terminal less one column, so that no line wraps."
     try:
@@ -339,7 +339,7 @@ def _columns(stream) -> int:
     except (OSError, ValueError):      # no terminal behind it, or a size that nobody knows
         return 79
 
-# %% ../nbs/05_curves.ipynb #ec7409ba
+# %% ../nbs/05_curves.ipynb #ce76a759
 def run_peak(trainer: Trainer) -> float | None:
     "Peak operations per second of all devices of a run; None where utilisation cannot be told: peak unknown, another model, frozen weights."
     known = isinstance(getattr(trainer.model, "config", None), ModelConfig) and all(p.requires_grad for p in trainer.model.parameters())
@@ -347,7 +347,7 @@ def run_peak(trainer: Trainer) -> float | None:
     peak = device_peak(trainer.accelerator.device, dtype) if known else None
     return peak and peak * trainer.accelerator.num_processes
 
-# %% ../nbs/05_curves.ipynb #ac91f693
+# %% ../nbs/05_curves.ipynb #160f01a9
 class Progress(Callback):
     """Loss, tokens a second, utilisation (MFU) and the time left, on standard error of the main process: a bar in a terminal, in a file
     or a pipe one line at most every `seconds`, in a notebook nothing (that is what `LivePlot` is for). `disable`: True for never, False for a bar always."""
@@ -384,7 +384,7 @@ class Progress(Callback):
         length = max(1, round(tokens / steps / trainer.config.batch_size))     # of a row, in the mean
         return f"{words}, MFU {mfu(speed, trainer.model.config, self.peak, length):.0%}"
 
-# %% ../nbs/05_curves.ipynb #1286182e
+# %% ../nbs/05_curves.ipynb #4d0bb1f2
 class Follower(Callback):
     "Sees each record of the log once, in order, on the main process; subclasses say what to do with it."
 
@@ -411,7 +411,7 @@ class Follower(Callback):
         if self.main:
             self.close()
 
-
+# %% ../nbs/05_curves.ipynb #540735ee
 def tag(key: str) -> str:
     "The name under which a quantity of the log is filed: `train/loss`, `val/loss`; names with a slash stay."
     return key if "/" in key else f"val/{key[4:]}" if key.startswith("val_") else f"train/{key}"
@@ -425,7 +425,7 @@ def _module(name: str):
         what = '"llm_course[curves]"' if name == "tensorboard" else name
         raise UserError(f"this log needs the package {name}: pip install {what}, or take the callback away") from e
 
-# %% ../nbs/05_curves.ipynb #e381b658
+# %% ../nbs/05_curves.ipynb #b7fd5be0
 class TensorBoardLog(Follower):
     """Scalars for TensorBoard, in `folder` (default: `tensorboard` in the trainer's folder): `tensorboard --logdir` shows them.
 
@@ -455,7 +455,7 @@ class TensorBoardLog(Follower):
     def close(self) -> None:
         self.writer.close()
 
-# %% ../nbs/05_curves.ipynb #6cb74378
+# %% ../nbs/05_curves.ipynb #877ec60c
 class WandbLog(Follower):
     """Records for Weights & Biases. Offline unless `mode="online"`; other `options` go to `wandb.init`. Needs the package wandb.
 
@@ -486,7 +486,7 @@ class WandbLog(Follower):
     def close(self) -> None:
         self.run.finish()
 
-
+# %% ../nbs/05_curves.ipynb #3b444195
 class TrackioLog(WandbLog):
     "Records for Trackio, kept on this machine (`trackio show`); a run of the same name in the project goes on. Needs the package trackio."
     package = "trackio"
@@ -498,7 +498,7 @@ class TrackioLog(WandbLog):
     def write(self, step: int, numbers: dict[str, float]) -> None:
         self.run.log(numbers, step=step)
 
-# %% ../nbs/05_curves.ipynb #6f3efe07
+# %% ../nbs/05_curves.ipynb #332807e8
 def plot_runs(runs: dict[str, str | Path | Iterable[dict] | RunLog], key: str = "loss", beta: float = 0.9, ax: "Axes | None" = None) -> "Axes":
     "Draw `key` of several runs by name: pale each step, smoothed, and `val_` + key as points. Returns the matplotlib axes."
     logs = {name: as_log(run) for name, run in runs.items()}

@@ -67,7 +67,7 @@ class MaskedRows:
         inputs, labels = mask_tokens(row["input_ids"], t.mask_id, len(t), t.special_ids, self.p, draw, words)
         return {"input_ids": inputs, "labels": labels, "doc_ids": row["doc_ids"]}
 
-
+# %% ../nbs/05_pretraining.ipynb #21e8ab77
 class NewBlanks(Callback):
     "Before each step, tell the rows which step it is."
 
@@ -77,7 +77,7 @@ class NewBlanks(Callback):
     def before_step(self, trainer: Trainer) -> None:
         self.rows.step = trainer.n_steps
 
-# %% ../nbs/05_pretraining.ipynb #5403a010
+# %% ../nbs/05_pretraining.ipynb #878db80f
 def counting_levels(rows: Sequence[dict], held_out: Sequence[dict], vocab_size: int, max_rows: int = 20_000) -> dict[str, float]:
     """Losses on held-out rows, in nats a token, of models that only count: `uniform`, `unigram` (add one), `bigram` (Witten & Bell, 1991).
 
@@ -120,7 +120,7 @@ def pretrain(model: Transformer, rows: Sequence, config: TrainConfig, folder: st
     trainer.fit()
     return trainer
 
-# %% ../nbs/05_pretraining.ipynb #e8188a4b
+# %% ../nbs/05_pretraining.ipynb #797c1d38
 class SampleTexts(Callback):
     """Every `every` steps and at the end, a continuation of each prompt; kept in `texts` as (step, prompt, continuation).
 
@@ -160,7 +160,7 @@ def fill_blanks(model: Transformer, tokenizer: Tokenizer, text: str) -> str:
     logits[:, tokenizer.special_ids] = -torch.inf
     return tokenizer.decode(torch.where(ids[0] == tokenizer.mask_id, logits.argmax(-1), ids[0]).tolist())
 
-
+# %% ../nbs/05_pretraining.ipynb #43b90ed8
 @torch.no_grad()
 def masked_accuracy(model: Transformer, rows: MaskedRows, batch_size: int = 32) -> tuple[int, int]:
     """How many masks in the rows the encoder fills with the very token that stood there, and how many masks there are.
@@ -194,7 +194,7 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str]
     n_tokens = sum(len(r) - 1 for r in rows)
     return nats * n_tokens / math.log(2) / max(1, n_bytes)
 
-
+# %% ../nbs/05_pretraining.ipynb #615bb488
 def _pad(rows: list[list[int]], pad_id: int) -> torch.Tensor:
     T = max(map(len, rows))
     return torch.tensor([r + [pad_id] * (T - len(r)) for r in rows])
