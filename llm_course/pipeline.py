@@ -49,7 +49,8 @@ from .sft import sft, sft_examples, wake_special_tokens
 from .tokenizer import Tokenizer, bytes_per_token, train_tokenizer
 from .checkpoint import checkpoints
 from .step import autocast_of
-from .trainer import Callback, Progress, TrainConfig, Trainer, make_accelerator, seed_all
+from .curves import Progress
+from .trainer import Callback, TrainConfig, Trainer, make_accelerator, seed_all
 from .votes import filter_pairs
 from .world import baselines, grade, inject_mess, instruction_rows, make_tasks, make_village, preference_rows, python_code, python_docs, sample_tasks, village_documents
 

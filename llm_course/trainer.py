@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sample_index', 'batch_indices', 'stop_signals', 'make_accelerator', 'Callback', 'Interrupted', 'Trainer', 'seed_all',
-           'Progress', 'Evaluate', 'mean_loss']
+           'Evaluate', 'mean_loss']
 
 # %% ../nbs/05_loop.ipynb #fde3e95c
 import atexit
@@ -302,26 +302,6 @@ def _record(line: str) -> dict | None:
         return None  # the last line of a killed run
 
 # %% ../nbs/05_loop.ipynb #593a8155
-class Progress(Callback):
-    "A progress bar with loss, tokens a second and the time left; on standard error, only where somebody can see it."
-
-    def __init__(self, name: str = "", disable: bool | None = None):
-        self.name, self.disable = name, disable
-
-    def on_start(self, trainer: Trainer) -> None:
-        from tqdm import tqdm
-        self.start, self.tokens = time.perf_counter(), trainer.tokens
-        off = self.disable if self.disable is not None else not trainer.accelerator.is_main_process
-        self.bar = tqdm(total=trainer.config.steps, initial=trainer.n_steps, desc=self.name, disable=off, mininterval=0.5, dynamic_ncols=True)
-
-    def after_step(self, trainer: Trainer, record: dict) -> None:
-        speed = (trainer.tokens - self.tokens) / (time.perf_counter() - self.start)
-        self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        self.bar.update(1)
-        if trainer.n_steps >= trainer.config.steps:
-            self.bar.close()
-
-
 class Evaluate(Callback):
     "Every `every` steps and at the end: the mean loss on held-out `data`, logged as `val_loss`; kept in `values` as (step, loss)."
 
