@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['upper_limit', 'forget_after', 'SpikeGuard', 'influence']
 
-# %% ../nbs/05_failures.ipynb #fa50bbcd
+# %% ../nbs/05_failures.ipynb #79aa63ab
 import json
 import math
 import os
@@ -22,7 +22,7 @@ from .reading import UserError
 from .checkpoint import checkpoint_step, checkpoints, newest_checkpoint
 from .trainer import Callback, Trainer
 
-# %% ../nbs/05_failures.ipynb #55d8bdc7
+# %% ../nbs/05_failures.ipynb #ca9d105f
 def upper_limit(values: Sequence[float], k: float = 6.0, floor: float = 0.02) -> float:
     """Above this a value does not belong with the others: median + `k` robust standard deviations (1.4826 times the median distance from
     the median, but at least `floor` times the median; Hampel, 1974). Raises UserError for no values."""
@@ -32,7 +32,7 @@ def upper_limit(values: Sequence[float], k: float = 6.0, floor: float = 0.02) ->
     spread = 1.4826 * float(np.median(np.abs(np.asarray(values) - middle)))
     return middle + k * max(spread, floor * abs(middle))
 
-# %% ../nbs/05_failures.ipynb #b6ad2a8f
+# %% ../nbs/05_failures.ipynb #c5618de2
 def forget_after(trainer: Trainer, step: int) -> None:
     "Remove checkpoints and log records after `step`: they belong to a history that the run has left. On the main process; all may call it."
     trainer.history[:] = [r for r in trainer.history if r["step"] <= step]
@@ -44,7 +44,7 @@ def forget_after(trainer: Trainer, step: int) -> None:
         partial.write_text("".join(json.dumps(r) + "\n" for r in trainer.history), encoding="utf-8")
         os.replace(partial, trainer.folder / "log.jsonl")
 
-# %% ../nbs/05_failures.ipynb #644f2b3b
+# %% ../nbs/05_failures.ipynb #bb0d048a
 class SpikeGuard(Callback):
     """Refuses updates whose loss or gradient norm is not finite or above `upper_limit` of the last `window` accepted values (once there are
     `warmup`); after `patience` refusals within `within` steps goes back to the newest good checkpoint at least `margin` steps before
@@ -153,7 +153,7 @@ class SpikeGuard(Callback):
             self.state = json.loads((folder / self.FILE).read_text(encoding="utf-8"))
             trainer.protected.update(self.state["good"])
 
-# %% ../nbs/05_failures.ipynb #5a067b8d
+# %% ../nbs/05_failures.ipynb #9402b48b
 @torch.no_grad()
 def influence(logits_of: Callable[[Tensor], Tensor], ids: Tensor, tolerance: float = 1e-4) -> Tensor:
     """Which token reaches which answer: boolean `[T, T]`, true at (t, s) where another token at place s changes a logit at place t by more

@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_course.checkpoint import checkpoints
 from llm_course.reading import UserError
-from llm_course.spikes import SpikeGuard, forget_after, upper_limit
+from llm_course.model import ModelConfig, Transformer
+from llm_course.packing import packed_logits
+from llm_course.spikes import SpikeGuard, forget_after, influence, upper_limit
 from llm_course.step import TrainConfig
 from llm_course.trainer import Callback, Trainer, sample_index, seed_all
 
@@ -218,3 +220,20 @@ def test_forgetting_keeps_what_was_before(whole, tmp_path):
     trainer.fit()
     forget_after(trainer, 25)
     assert [r["step"] for r in log_of(tmp_path)] == list(range(1, 26)) and all(c.name <= "step_00000025" for c in checkpoints(tmp_path))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_influence_shows_the_mask_of_the_library_s_own_packing(causal):
+    "Of an untrained model too: its own document only, and nothing later if it is causal."
+    seed_all(0)
+    model = Transformer(ModelConfig(50, dim=32, n_layers=2, n_heads=2, causal=causal)).eval()
+    ids, docs = torch.randint(0, 50, (20,)), torch.tensor([0] * 8 + [1] * 12)
+
+    def logits_of(x):
+        batch = {"input_ids": x, "doc_ids": docs.expand(len(x), -1)}
+        return packed_logits(model, batch, torch.ones_like(x, dtype=torch.bool)).view(*x.shape, -1)
+
+    may = docs[:, None] == docs
+    assert torch.equal(influence(logits_of, ids, 1e-6), may.tril() if causal else may)
+    with pytest.raises(UserError, match="two different tokens"):
+        influence(logits_of, torch.zeros(20, dtype=torch.long))
