@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .reading import UserError
 from .checkpoint import CheckpointWriter, newest_checkpoint
-from .step import TrainConfig, bf16_in_hardware, learning_rate, make_optimizer
+from .step import TrainConfig, bf16_in_hardware, compiled, learning_rate, make_optimizer, recompute_activations
 
 # %% ../nbs/05_loop.ipynb #7db15e12
 def sample_index(n: int, size: int, seed: int) -> int:
@@ -139,6 +139,10 @@ class Trainer:
         self.accelerator = make_accelerator(config.precision if config.precision != "auto" else "bf16" if bf16_in_hardware() else "no")
         self.model, self.loss_fn, self.data, self.config, self.collate = model, loss_fn, data, config, collate
         self.folder, self.callbacks = Path(folder) if folder else None, list(callbacks)
+        if config.recompute:
+            recompute_activations(model)
+        if config.compile:
+            compiled(model)
         optimizer = make_optimizer(model, config, groups)
         for group in optimizer.param_groups:
             group.setdefault("lr_scale", 1.0)
