@@ -65,7 +65,7 @@ if HAS_ONEDNN:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     "`x @ weight.T + bias`, as `F.linear`; with oneDNN's products where gradients are needed in float32 on a CPU on which they are faster."
     small = x.numel() * weight.shape[0] < 1 << 18
-    if small or x.device.type != "cpu" or x.ndim < 2 or not onednn_is_faster() or torch.compiler.is_compiling():
+    if small or x.device.type != "cpu" or x.ndim < 2 or torch.compiler.is_compiling() or not onednn_is_faster():
         return F.linear(x, weight, bias)
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
