@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .reading import UserError
-from .checkpoint import checkpoint_step, checkpoints, newest_checkpoint
+from .checkpoint import checkpoint_step, checkpoints
 from .trainer import Callback, Trainer
 
 # %% ../nbs/05_failures.ipynb #ca9d105f
@@ -133,9 +133,8 @@ class SpikeGuard(Callback):
     def _restore(self, trainer: Trainer, target: int, samples: int) -> int:
         "Weights, counters and windows as they were at the target (or before, if that is damaged); returns its step. All processes read before one of them writes."
         trainer.accelerator.wait_for_everyone()
-        found = newest_checkpoint(trainer.folder, at_most=target)
-        trainer.roll_back(target, samples)
-        if found and (found / self.FILE).is_file():
+        found = trainer.roll_back(target, samples)
+        if (found / self.FILE).is_file():
             then = json.loads((found / self.FILE).read_text(encoding="utf-8"))
             self.state |= {"loss": then["loss"], "grad_norm": then["grad_norm"], "in_a_row": 0}
         trainer.accelerator.wait_for_everyone()

@@ -164,9 +164,9 @@ class Trainer:
                 self._call("before_step")
                 record = self.step()
                 last = self.n_steps == self.config.steps
+                self._call("after_step", record)      # first: what it logs of this step lies before the checkpoint, and no kill can lose it
                 if self.folder and (self.n_steps % self.config.checkpoint_every == 0 and not last or asked):
                     self.save_checkpoint()
-                self._call("after_step", record)
                 if asked and not last:
                     raise Interrupted(f"stopped at step {self.n_steps} of {self.config.steps}; the same command goes on from here")
         if self.writer:
@@ -265,14 +265,15 @@ class Trainer:
         self._load_optimizer(load_file(checkpoint / "optimizer.safetensors"))
         self.n_steps, self.samples, self.tokens, self.skipped = state["step"], state["samples"], state["tokens"], state["skipped"]
 
-    def roll_back(self, step: int, samples: int) -> None:
+    def roll_back(self, step: int, samples: int) -> Path:
         """Take weights, optimizer and counters from the newest checkpoint of `step` at the latest, and go on with sample number `samples`
-        of the run: the data before it is passed over. The callbacks keep their state. Raises UserError when there is none."""
+        of the run: the data before it is passed over. The callbacks keep their state. Returns the checkpoint; raises UserError when there is none."""
         found = newest_checkpoint(self.folder, at_most=step) if self.folder else None
         if not found:
             raise UserError(f"there is no checkpoint of step {step} or before to go back to; train into a folder, with a smaller checkpoint_every")
         self._load(found)
         self.samples = samples
+        return found
 
     def _load_optimizer(self, flat: dict[str, Tensor]) -> None:
         whole = self.optimizer.state_dict()
