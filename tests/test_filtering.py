@@ -2,7 +2,6 @@
 import json
 import math
 import random
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,6 @@ from llm_course.filtering import (C4_ANY_END, C4_RULES, CHAINS, FINEWEB_RULES, G
 from llm_course.reading import UserError
 from llm_course.world import python_code, python_docs
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 ANY = st.text(alphabet=st.characters(), max_size=300)
 PIECES = ("the cat sat on the mat.", "the", "and", "\n", "\n\n", "\n\n\n", " ", "•", "\n- a", "...", "…\n", "#", "##", "wood", "mill stands here!", "12", "a", "»", "{", "lorem ipsum dolor sit.",
           "JavaScript is on.", "privacy policy of ours.", "[1]", "[edit]", '"No."', "said he?", "\u2028", "\x0b", "x" * 1001, "１", "Ωμέγα;", "internationalisation", "Of course, they have to be there.")
@@ -105,7 +103,9 @@ def test_linear_time(piece):
 def reference_agrees(texts):
     pytest.importorskip("datatrove", reason="the library to agree with is not installed")
     from datatrove.data import Document
-    from rules import reference
+    with pytest.MonkeyPatch.context() as patch:      # not for longer: a script there has the name of a module of Python's own
+        patch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+        from rules import reference
     differ, reasons = [], Counter()
     for name, (step, rules) in reference().items():
         for text in texts:

@@ -125,7 +125,7 @@ make(Path(sys.argv[1]), [guard(), Kill()]).fit()
 
 def child(folder, n, where="step", how="signal.SIGKILL"):
     code = "from pathlib import Path\n" + CHILD.format(tests=os.path.dirname(__file__), how=how)
-    return subprocess.run([sys.executable, "-c", code, str(folder), str(n), where], env=ENV | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code, str(folder), str(n), where], env=ENV, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("n, where", [(47, "step"), (48, "step"), (49, "step"), (60, "step"), (10**9, "save"), (10**9, "forget")])
