@@ -91,7 +91,7 @@ def stop_signals():
         for s, h in before.items():
             signal.signal(s, h)
 
-# %% ../nbs/05_loop.ipynb #062984b9
+# %% ../nbs/05_loop.ipynb #e95bc992
 def make_accelerator(precision: str = "no"):
     """An `accelerate.Accelerator`, with what the launcher asked for (see `accelerate launch`) in force.
 
@@ -99,7 +99,7 @@ def make_accelerator(precision: str = "no"):
     machine without GPU), and when FSDP was asked for and accelerate would run something else."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)      # or a second trainer in this process would silently lose FSDP
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available() and not _has_mps())
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world:
