@@ -418,16 +418,18 @@ def _held_out(run: Run) -> dict[str, list[str]]:
 class Samples(Callback):
     "Every fifth of the run, a line of what the model writes."
 
-    def __init__(self, run: Run, write: Callable[[], str]):
+    def __init__(self, run: Run, write: Callable[[torch.nn.Module], str]):
         self.run, self.write = run, write
 
     def after_step(self, trainer: Trainer, record: dict) -> None:
-        if trainer.n_steps % max(1, trainer.config.steps // 5) == 0 and is_main() and not self.run.quiet:
-            from tqdm import tqdm
-            tqdm.write(f"  step {trainer.n_steps}: {self.write()}")
+        if trainer.n_steps % max(1, trainer.config.steps // 5) == 0 and not self.run.quiet:
+            model = trainer.whole_model()      # all processes take part; the main one writes
+            if is_main():
+                from tqdm import tqdm
+                tqdm.write(f"  step {trainer.n_steps}: {self.write(model)}")
 
 
-def _callbacks(run: Run, stage: str, write: Callable[[], str]) -> list[Callback]:
+def _callbacks(run: Run, stage: str, write: Callable[[torch.nn.Module], str]) -> list[Callback]:
     return [Progress(stage, disable=run.quiet or None), Samples(run, write)]
 
 
@@ -449,12 +451,12 @@ def _quality(run: Run, model: Transformer, tokenizer: Tokenizer, val: TokenRows 
     return {"bits_per_byte": {k: round(bits_per_byte(model, tokenizer, t), 4) for k, t in _held_out(run).items()}}
 
 
-def _base_writer(model: Transformer, tokenizer: Tokenizer, val: TokenRows | MaskedRows) -> Callable[[], str]:
+def _base_writer(causal: bool, tokenizer: Tokenizer, val: TokenRows | MaskedRows) -> Callable[[Transformer], str]:
     "For the samples during training: the beginning of a story, or the blanks of a held-out line filled."
-    if model.config.causal:
-        return lambda: sample_stories(model, tokenizer, 1)[0][:160].replace("\n", " / ")
+    if causal:
+        return lambda model: sample_stories(model, tokenizer, 1)[0][:160].replace("\n", " / ")
     shown = tokenizer.decode(val[0]["input_ids"][1:33].tolist(), skip_special=False).split("<|endoftext|>")[0]
-    return lambda: f"{shown} -> {fill_blanks(model, tokenizer, shown)}".replace("\n", " / ")
+    return lambda model: f"{shown} -> {fill_blanks(model, tokenizer, shown)}".replace("\n", " / ")
 
 
 def run_pretrain(run: Run, out: Path) -> dict:
@@ -472,7 +474,8 @@ def run_pretrain(run: Run, out: Path) -> dict:
     steps = s["pretrain"]["tokens"] // (s["pretrain"]["batch_size"] * seq_len)
     if not model.config.causal:
         rows, val = (_with_blanks(r, tokenizer, s) for r in (rows, val))
-    trainer = pretrain(model, rows, train_config(s, "pretrain", steps), out, val, max(1, steps // 5), _callbacks(run, "pretrain", _base_writer(model, tokenizer, val)))
+    trainer = pretrain(model, rows, train_config(s, "pretrain", steps), out, val, max(1, steps // 5), _callbacks(run, "pretrain", _base_writer(model.config.causal, tokenizer, val)))
+    model = trainer.whole_model()
     if not is_main():
         return {}
     save_model(model, out, tokenizer)
@@ -497,8 +500,8 @@ def _steps(n: int, c: dict) -> int:
     return max(1, round(n * c["epochs"] / c["batch_size"]))
 
 
-def _writer(model: Transformer, tokenizer: Tokenizer, prompt: str) -> Callable[[], str]:
-    return lambda: f"{prompt} -> " + ask(model, tokenizer, [[{"role": "user", "content": prompt}]], 40)[0].replace("\n", " / ")
+def _writer(tokenizer: Tokenizer, prompt: str) -> Callable[[torch.nn.Module], str]:
+    return lambda model: f"{prompt} -> " + ask(getattr(model, "policy", model), tokenizer, [[{"role": "user", "content": prompt}]], 40)[0].replace("\n", " / ")
 
 
 def _prompt_of(run: Run) -> str:
@@ -518,7 +521,8 @@ def run_sft(run: Run, out: Path) -> dict:
     val = examples[:max(1, min(200, len(examples) // 20))]
     rows = len(pack_examples(examples[len(val):], model.config.max_seq_len, tokenizer.pad_id))
     steps = _steps(rows, s["sft"])
-    trainer = sft(model, examples[len(val):], train_config(s, "sft", steps), tokenizer, out, val, max(1, steps // 4), _callbacks(run, "sft", _writer(model, tokenizer, _prompt_of(run))))
+    trainer = sft(model, examples[len(val):], train_config(s, "sft", steps), tokenizer, out, val, max(1, steps // 4), _callbacks(run, "sft", _writer(tokenizer, _prompt_of(run))))
+    model = trainer.whole_model()
     if is_main():
         save_model(model, out, tokenizer)
     return {"sft": report | {"val_loss": trainer.history[-1].get("val_loss"), "tokens": trainer.tokens}}
@@ -538,7 +542,8 @@ def run_reward(run: Run, out: Path) -> dict:
     examples, report = _pairs(run, tokenizer, body.config.max_seq_len)
     seed_all(s["seed"], 7)
     model = RewardModel(body)
-    train_reward(model, examples, train_config(s, "reward", _steps(len(examples), s["reward"])), tokenizer, out, [Progress("reward", disable=run.quiet or None)])
+    trainer = train_reward(model, examples, train_config(s, "reward", _steps(len(examples), s["reward"])), tokenizer, out, [Progress("reward", disable=run.quiet or None)])
+    model = trainer.whole_model()
     if not is_main():
         return {}
     model.save(out, tokenizer)
@@ -560,9 +565,10 @@ def run_ppo(run: Run, out: Path) -> dict:
     settings = PPOConfig(rollouts=c["rollouts"], epochs=c["epochs"], max_new_tokens=c["max_new_tokens"], kl_coef=c["kl_coef"])
     steps = c["updates"] * max(1, c["rollouts"] * c["epochs"] // c["batch_size"])
     trainer, data = train_ppo(policy, RewardModel.load(run.path("reward")), prompts, tokenizer, train_config(s, "ppo", steps), settings, out,
-                              _callbacks(run, "ppo", _writer(policy, tokenizer, _prompt_of(run))))
+                              _callbacks(run, "ppo", _writer(tokenizer, _prompt_of(run))))
+    trained = trainer.whole_model()
     if is_main():
-        save_model(policy, out, tokenizer)
+        save_model(trained.policy, out, tokenizer)
     return {"ppo": {"updates": c["updates"], "prompts": len(prompts), "prompts_too_long": len(pairs) - len(prompts)}}
 
 
@@ -573,8 +579,9 @@ def run_dpo(run: Run, out: Path) -> dict:
     config = train_config(s, "dpo", _steps(len(examples), c))
     with autocast_of(config):     # the same arithmetic as in training: at the first step policy and reference must agree
         examples = add_reference(policy, examples, tokenizer.pad_id)
-    train_preference(policy, examples, config, tokenizer, out, _callbacks(run, "dpo", _writer(policy, tokenizer, _prompt_of(run))),
-                     kind=c["kind"], beta=c["beta"])
+    trainer = train_preference(policy, examples, config, tokenizer, out, _callbacks(run, "dpo", _writer(tokenizer, _prompt_of(run))),
+                               kind=c["kind"], beta=c["beta"])
+    policy = trainer.whole_model()
     if is_main():
         save_model(policy, out, tokenizer)
     return {"dpo": report}

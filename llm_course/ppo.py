@@ -167,7 +167,7 @@ class Rollouts(Callback):
 
     def before_step(self, trainer: Trainer) -> None:
         if trainer.n_steps % self.steps_each == 0:
-            self.rows, stats = self.make(trainer.model, trainer.n_steps // self.steps_each)
+            self.rows, stats = self.make(trainer.whole_model(everywhere=True), trainer.n_steps // self.steps_each)
             trainer.model.train()
             self.stats.append({"step": trainer.n_steps} | stats)
             trainer._log(self.stats[-1])

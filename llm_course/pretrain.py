@@ -131,8 +131,9 @@ class SampleTexts(Callback):
         self.sampling, self.show, self.texts = Sampling(temperature=temperature), show, []
 
     def after_step(self, trainer: Trainer, record: dict) -> None:
-        if trainer.accelerator.is_main_process and (trainer.n_steps % self.every == 0 or trainer.n_steps == trainer.config.steps):
-            for prompt, text in zip(self.prompts, self._write(trainer.model)):
+        if trainer.n_steps % self.every == 0 or trainer.n_steps == trainer.config.steps:
+            model = trainer.whole_model()      # all processes take part; the main one writes
+            for prompt, text in zip(self.prompts, self._write(model)) if trainer.accelerator.is_main_process else ():
                 self.texts.append((trainer.n_steps, prompt, text))
                 if self.show:
                     self.show(*self.texts[-1])
