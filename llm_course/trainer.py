@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['sample_index', 'batch_indices', 'micro_batches', 'stop_signals', 'make_accelerator', 'sum_over_processes',
-           'any_process', 'require_agreement', 'agreed_checkpoint', 'whole_tensors', 'piece_of', 'parameter_names',
-           'load_weights', 'named_optimizer_state', 'load_optimizer_state', 'blank_copy', 'distribute', 'check_start',
-           'prepare', 'set_learning_rate', 'accumulate_gradients', 'rescale_gradients', 'clip_norm', 'train_step',
-           'update_weights', 'seed_all', 'Callback', 'Interrupted', 'weights', 'whole_model', 'save_checkpoint',
-           'load_checkpoint', 'roll_back', 'read_log', 'resume', 'Trainer', 'Evaluate', 'mean_loss']
+           'any_process', 'require_agreement', 'agreed_checkpoint', 'neighbours', 'whole_tensors', 'piece_of',
+           'parameter_names', 'load_weights', 'named_optimizer_state', 'load_optimizer_state', 'blank_copy',
+           'distribute', 'check_start', 'prepare', 'set_learning_rate', 'accumulate_gradients', 'rescale_gradients',
+           'clip_norm', 'train_step', 'update_weights', 'seed_all', 'Callback', 'Interrupted', 'weights', 'whole_model',
+           'save_checkpoint', 'load_checkpoint', 'roll_back', 'read_log', 'resume', 'Trainer', 'Evaluate', 'mean_loss']
 
 # %% ../nbs/05_loop.ipynb #fde3e95c
 import atexit
@@ -59,7 +59,7 @@ def batch_indices(step: int, c: TrainConfig, size: int) -> list[int]:
     "The examples of optimizer step 0, 1, …, over all processes, in a run that left none out."
     return [sample_index(n, size, c.seed) for n in range(step * c.batch_size, (step + 1) * c.batch_size)]
 
-# %% ../nbs/05_loop.ipynb #73277870
+# %% ../nbs/05_loop.ipynb #0d48ef8c
 def micro_batches(batch: Sequence[int], rank: int, processes: int, size: int = 0) -> list[list[int]]:
     """The share of process `rank` of a step's examples, in pieces of at most `size` (0: in one piece).
 
@@ -91,7 +91,7 @@ def stop_signals():
         for s, h in before.items():
             signal.signal(s, h)
 
-# %% ../nbs/05_loop.ipynb #e95bc992
+# %% ../nbs/05_loop.ipynb #0a77013d
 def make_accelerator(precision: str = "no"):
     """An `accelerate.Accelerator`, with what the launcher asked for (see `accelerate launch`) in force.
 
@@ -100,8 +100,10 @@ def make_accelerator(precision: str = "no"):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state(reset_partial_state=True)      # or a second trainer in this process would silently lose FSDP
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available() and not _has_mps())
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and (missing := [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]):
+        raise UserError(f"WORLD_SIZE promises {world} processes, but {', '.join(missing)} is not set; start them with torchrun or accelerate launch")
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available() and not _has_mps())
     if accelerator.num_processes != world:
         raise UserError(f"{world} processes were started but accelerate sees {accelerator.num_processes}; start with torchrun, and on a machine without GPU set ACCELERATE_USE_CPU=yes")
     if _asked_for("FSDP"):
@@ -119,7 +121,7 @@ def _asked_for(mode: str) -> bool:
 def _has_mps() -> bool:
     return torch.backends.mps.is_available() and torch.backends.mps.is_built()
 
-# %% ../nbs/05_loop.ipynb #620db41b
+# %% ../nbs/05_loop.ipynb #56b10f66
 def _require_sharding(accelerator) -> None:
     "See that FSDP2 is in force; on a CPU only where LLM_COURSE_SHARD_ON_CPU says so, because accelerate falls back to DDP there without a word."
     from accelerate.state import AcceleratorState, PartialState
@@ -136,7 +138,7 @@ def _require_sharding(accelerator) -> None:
         raise UserError(f"fsdp_version is {plugin.fsdp_version}; set fsdp_version: 2 (or FSDP_VERSION=2): the first version is not supported here")
     plugin.mixed_precision_policy = None      # autocast computes in bf16, as in the other modes; weights and the sums of gradients stay float32
 
-# %% ../nbs/05_loop.ipynb #d9babb52
+# %% ../nbs/05_loop.ipynb #0c9808c0
 _wrapping: weakref.WeakSet = weakref.WeakSet()   # trainers that hold a model wrapped for several processes
 
 
@@ -149,7 +151,7 @@ def _leave_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
-# %% ../nbs/05_loop.ipynb #f8336b8c
+# %% ../nbs/05_loop.ipynb #2b232e65
 def sum_over_processes(totals: dict[str, Tensor], accelerator) -> dict[str, float]:
     "The sums of all processes, by name, in one message; every process brings the same names in the same order."
     whole = accelerator.reduce(torch.stack([v.double() for v in totals.values()]), "sum")
@@ -179,7 +181,19 @@ def agreed_checkpoint(folder: Path, accelerator, at_most: int | None = None) -> 
     found = newest_checkpoint(folder, at_most) if accelerator.is_main_process else None
     return broadcast_object_list([found])[0]
 
-# %% ../nbs/05_loop.ipynb #6df8533b
+# %% ../nbs/05_loop.ipynb #b4ac5716
+@contextmanager
+def neighbours(accelerator):
+    "Within: when another process is gone, the error of the library that noticed becomes a UserError that says so."
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
+    try:
+        yield
+    except RuntimeError as e:
+        if accelerator.num_processes == 1 or not any(sign in str(e) for sign in signs):
+            raise
+        raise UserError(f"another process of this run is gone ({str(e).splitlines()[0][:200]}); its own last words say why. The same command goes on from the newest checkpoint") from e
+
+# %% ../nbs/05_loop.ipynb #2d3ca1e9
 def whole_tensors(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """Copies on the CPU of tensors of which each process may hold a piece only; all processes call it. Where `keep` is False
     (for instance on all but one) the process takes part in the gathering, and gets nothing."""
@@ -212,7 +226,7 @@ def load_weights(model: nn.Module, whole: dict[str, Tensor]) -> None:
     own = model.state_dict()
     model.load_state_dict({k: piece_of(v, own[k]) if k in own else v for k, v in whole.items()}, strict=True)
 
-# %% ../nbs/05_loop.ipynb #566b2c8a
+# %% ../nbs/05_loop.ipynb #d1f565b0
 def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     "Names of the parameters of an optimizer, in its own order."
     names = parameter_names(model)
@@ -240,7 +254,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, nam
         whole["state"].setdefault(names.index(name), {})[key] = piece_of(value, own[name])
     optimizer.load_state_dict(whole)
 
-# %% ../nbs/05_loop.ipynb #e3e0871a
+# %% ../nbs/05_loop.ipynb #48fd4e6b
 def blank_copy(model: nn.Module) -> nn.Module:
     "The same model with weights that have shapes and no values (on the `meta` device): it takes no memory, and whole weights can be loaded into it."
     blank = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in model.parameters()}
@@ -256,7 +270,7 @@ def distribute(accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) 
         plugin.transformer_cls_names_to_wrap = ["Block"] if any(isinstance(m, Block) for m in model.modules()) else []
     return accelerator.prepare(model, optimizer)
 
-# %% ../nbs/05_loop.ipynb #5950c3b9
+# %% ../nbs/05_loop.ipynb #1b2ef15c
 def check_start(accelerator, model: nn.Module, data: Sequence, config: TrainConfig) -> None:
     "Raise UserError, before anything is done, for data or settings with which no step could be taken, or not by so many processes."
     if len(data) == 0:
@@ -284,7 +298,7 @@ def prepare(accelerator, model: nn.Module, config: TrainConfig, groups: list[dic
         group.setdefault("lr_scale", 1.0)
     return blank, *distribute(accelerator, model, optimizer)
 
-# %% ../nbs/05_loop.ipynb #64f6a038
+# %% ../nbs/05_loop.ipynb #74260351
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     "The learning rate of the coming step, times the `lr_scale` of each parameter group."
     for group in optimizer.param_groups:
@@ -320,7 +334,7 @@ def clip_norm(accelerator, parameters: Iterable[nn.Parameter], max_norm: float) 
     norm = accelerator.clip_grad_norm_(parameters, max_norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-# %% ../nbs/05_loop.ipynb #1fc7b864
+# %% ../nbs/05_loop.ipynb #bba9970d
 def train_step(trainer: "Trainer") -> dict:
     "One optimizer step; returns its record: loss, learning rate, gradient norm, metrics."
     t, c, acc, start = trainer, trainer.config, trainer.accelerator, time.perf_counter()
@@ -357,7 +371,7 @@ def update_weights(trainer: "Trainer", record: dict) -> bool:
     trainer.optimizer.step()
     return True
 
-# %% ../nbs/05_loop.ipynb #1bdbcc93
+# %% ../nbs/05_loop.ipynb #7ed12bd6
 def seed_all(*parts: int) -> None:
     "Seed Python, numpy and torch from a tuple of integers."
     seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
@@ -365,7 +379,7 @@ def seed_all(*parts: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
 
-# %% ../nbs/05_loop.ipynb #e22fc0ee
+# %% ../nbs/05_loop.ipynb #e40c2419
 class Callback:
     "Hooks around the loop; new behaviour is a callback, not a flag. Every process calls them."
 
@@ -383,7 +397,7 @@ class Interrupted(UserError):
     "A run was asked to stop, has saved a checkpoint and can go on from there."
     status = 130
 
-# %% ../nbs/05_loop.ipynb #33156037
+# %% ../nbs/05_loop.ipynb #29a3cebd
 def weights(trainer: "Trainer", everywhere: bool = False) -> dict[str, Tensor]:
     """The whole state dict of the model, on the CPU, for whoever saves it: on the main process, `{}` on the others (or on all, with
     `everywhere`). All processes must call it."""
@@ -420,7 +434,7 @@ def save_checkpoint(trainer: "Trainer") -> None:
         state = {"step": t.n_steps, "samples": t.samples, "tokens": t.tokens, "skipped": t.skipped, "torch": torch.__version__}
         t.writer.save(t.n_steps, tensors, state, lambda folder: t._call("on_save", folder), t.protected)
 
-# %% ../nbs/05_loop.ipynb #59908064
+# %% ../nbs/05_loop.ipynb #531ec0bf
 def load_checkpoint(trainer: "Trainer", checkpoint: Path) -> None:
     "Weights, optimizer and counters of a checkpoint, written by any number of processes."
     t, state = trainer, json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
@@ -495,7 +509,7 @@ class Trainer:
             self._resume()
         self._call("on_start")
         self.model.train()
-        with stop_signals() as asked:
+        with stop_signals() as asked, neighbours(self.accelerator):
             while self.n_steps < self.config.steps:
                 self._call("before_step")
                 record = self.step()
