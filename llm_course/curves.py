@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PEAK_TFLOPS', 'BITS', 'smooth', 'RunLog', 'as_log', 'read_log', 'speeds', 'gpu_peak', 'mfu', 'measured_peak',
-           'device_peak', 'plot_run', 'LivePlot', 'braille', 'text_plot', 'TerminalPlot', 'run_peak', 'Progress',
-           'Follower', 'tag', 'TensorBoardLog', 'WandbLog', 'TrackioLog', 'plot_runs']
+           'device_peak', 'plot_run', 'LivePlot', 'braille', 'text_plot', 'TerminalPlot', 'live_plots', 'run_peak',
+           'Progress', 'Follower', 'tag', 'TensorBoardLog', 'WandbLog', 'TrackioLog', 'plot_runs']
 
 # %% ../nbs/05_curves.ipynb #0a22e5ef
 import base64
@@ -338,6 +338,11 @@ def _columns(stream) -> int:
         return os.get_terminal_size(stream.fileno()).columns - 1
     except (OSError, ValueError):      # no terminal behind it, or a size that nobody knows
         return 79
+
+# %% ../nbs/05_curves.ipynb #8cae52e3
+def live_plots(seconds: float = 2.0) -> list[Callback]:
+    "Callbacks that draw while a run trains: `LivePlot` in a notebook, else `TerminalPlot`, which is silent where there is no terminal."
+    return [LivePlot(seconds) if _in_notebook() else TerminalPlot(seconds=seconds)]
 
 # %% ../nbs/05_curves.ipynb #ce76a759
 def run_peak(trainer: Trainer) -> float | None:
