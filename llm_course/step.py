@@ -102,7 +102,7 @@ class TrainConfig:
     """Settings of one training run.
 
     `batch_size` counts examples over all processes and all accumulated micro-batches; `micro_batch` 0 takes each process's
-    share at once. `warmup` and `decay` are fractions of `steps`. Raises UserError for numbers that make no sense."""
+    share at once. `warmup` is a fraction of `steps`, `decay` one of the steps after the warm-up. Raises UserError for numbers that make no sense."""
     steps: int
     batch_size: int = 32
     micro_batch: int = 0
@@ -110,7 +110,7 @@ class TrainConfig:
     min_lr: float = 0.1             # fraction of lr at the end
     warmup: float = 0.03
     schedule: str = "cosine"        # or wsd, constant
-    decay: float = 0.2              # last part of wsd
+    decay: float = 0.2              # last part of wsd: fraction of the steps after the warm-up
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -231,7 +231,7 @@ def _inner_matrices(model: nn.Module) -> list[nn.Parameter]:
 def make_optimizer(model: nn.Module, c: TrainConfig, groups: list[dict] | None = None) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, 2019) on `groups` (default: `decay_groups`), or Muon (Jordan et al., 2024) on the matrices inside
     the layers and AdamW on embeddings, output head, gains and biases. Muon's update is scaled to AdamW's size (Liu et al., 2025), so that
-    both take the same learning rate."""
+    both take the same learning rate. Groups of your own go to AdamW, whatever `c.optimizer` says."""
     adamw = lambda groups: torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, eps=c.eps, fused=True)
     if c.optimizer == "adamw" or groups:
         return adamw(groups or decay_groups(model, c))
