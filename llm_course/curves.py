@@ -124,7 +124,7 @@ def speeds(log: RunLog) -> tuple[list[int], list[float]]:
     return [s for s, _ in found], [v for _, v in found]
 
 # %% ../nbs/05_curves.ipynb #3f2329fa
-PEAK_TFLOPS = {     # dense 16-bit matrix products a second, in 10^12, accumulated in float32: half of what data sheets print "with sparsity"
+PEAK_TFLOPS = {     # 10^12 operations a second in dense 16-bit matrix products, accumulated in float32: half of what data sheets print "with sparsity"
     "B300": 2250, "GB300": 2500, "B200": 2250, "GB200": 2500,                                       # NVIDIA HGX and NVL72 data sheets, 2024-25
     "H200": 989, "H200 NVL": 835, "GH200": 989, "H100": 989, "H100 NVL": 835, "H100 PCIe": 756, "H800": 989, "H20": 148,   # Hopper
     "A100": 312, "A800": 312, "A30": 165, "A40": 150, "A10": 125, "A10G": 70, "A6000": 155,         # Ampere
