@@ -183,7 +183,7 @@ def masked_accuracy(model: Transformer, rows: MaskedRows, batch_size: int = 32) 
 def bits_per_byte(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 32) -> float:
     """Mean bits that the model needs per UTF-8 byte of the texts, each read from its start token.
 
-    A text longer than the context is cut into pieces that each start anew: an upper bound of what a sliding window gives.
+    A text longer than the context is cut into pieces that each start anew: as a rule a little more than a sliding window gives.
     Raises UserError for an encoder, which sees the very token that it would have to predict."""
     if not model.config.causal:
         raise UserError("bits per byte need a causal model (causal=True); an encoder is measured by masked_accuracy")
