@@ -61,14 +61,19 @@ class RunLog:
         return self.columns.get(key, ([], []))
 
     def add(self, record: dict) -> None:
-        "Add the numbers of one record. A step that is not after the last one of its column replaces all from there on."
+        """Add the numbers of one record. A record of training (with a `loss`) whose step is not after the last one replaces all from there on: the
+        run went back. Another value for the same step, such as a second `val_loss`, replaces that value only."""
+        step = record["step"]
+        if (done := self["loss"][0]) and "loss" in record and done[-1] >= step:
+            self._go_back(step)
         for key, value in record.items():
             if key == "step" or not isinstance(value, (int, float)):
                 continue
             steps, values = self.columns.setdefault(key, ([], []))
-            if steps and steps[-1] >= record["step"]:
-                self._go_back(record["step"])
-            steps.append(record["step"])
+            while steps and steps[-1] >= step:
+                self.replaced += 1
+                steps.pop(), values.pop()
+            steps.append(step)
             values.append(float(value))
 
     def _go_back(self, step: int) -> None:
