@@ -214,7 +214,8 @@ def neighbours(accelerator):
     except RuntimeError as e:
         if accelerator.num_processes == 1 or not any(sign in str(e) for sign in signs):
             raise
-        raise UserError(f"another process of this run is gone ({str(e).splitlines()[0][:200]}); its own last words say why. The same command goes on from the newest checkpoint") from e
+        what = str(e).splitlines()[0].split("] ", 1)[-1][:200]      # without the place in the library's source
+        raise UserError(f"another process of this run is gone ({what}); its own last words say why. The same command goes on from the newest checkpoint") from e
 
 # %% ../nbs/05_loop.ipynb #2d3ca1e9
 def whole_tensors(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
