@@ -16,6 +16,7 @@ import random
 import signal
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,8 +27,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .reading import UserError
-from .checkpoint import CheckpointWriter, newest_checkpoint
+from .reading import UserError, new_file
+from .checkpoint import CheckpointWriter, newest_checkpoint, recover, resume_changes, resume_state, run_lock
 from .step import TrainConfig, bf16_in_hardware, compiled, learning_rate, make_optimizer, recompute_activations
 
 # %% ../nbs/05_loop.ipynb #7db15e12
@@ -154,13 +155,23 @@ class Trainer:
         self.writer = CheckpointWriter(self.folder, config.keep_checkpoints) if folder else None
 
     def fit(self) -> list[dict]:
-        "Train to the last step; returns the log records. Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved."
+        "Train to the last step; returns the log records. Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved; UserError when another run holds the folder."
+        with run_lock(self.folder) if self.folder and self.accelerator.is_main_process else nullcontext():
+            try:
+                return self._train()
+            finally:
+                if self.writer:
+                    self.writer.wait()
+
+    def _train(self) -> list[dict]:
         if self.folder:
             self._resume()
         self._call("on_start")
         self.model.train()
         with stop_signals() as asked:
             while self.n_steps < self.config.steps:
+                if self.writer:
+                    self.writer.check()
                 self._call("before_step")
                 record = self.step()
                 last = self.n_steps == self.config.steps
@@ -241,22 +252,35 @@ class Trainer:
         "Write model, optimizer, counters and the callbacks' state as one checkpoint, whole or absent; all processes call it, the main one writes."
         if self.accelerator.is_main_process:
             tensors = {"model": _cpu(self.model.state_dict()), "optimizer": _cpu(_flat(self.optimizer.state_dict()["state"]))}
-            state = {"step": self.n_steps, "samples": self.samples, "tokens": self.tokens, "skipped": self.skipped, "torch": torch.__version__}
+            state = {"step": self.n_steps, "samples": self.samples, "tokens": self.tokens, "skipped": self.skipped, "run": self._run_state()}
             self.writer.save(self.n_steps, tensors, state, lambda folder: self._call("on_save", folder), self.protected)
 
     def _resume(self) -> None:
         "Load the newest whole checkpoint, if there is one, and cut the log after it."
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            recover(self.folder)
+        self.accelerator.wait_for_everyone()
         found = newest_checkpoint(self.folder)
         if found:
             self._load(found)
             self._call("on_load", found)
+            self._warn_of_changes(found)
         log = self.folder / "log.jsonl"
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         self.history = [r for r in map(_record, lines) if r and r["step"] <= self.n_steps]
         if self.accelerator.is_main_process:
-            log.write_text("".join(json.dumps(r) + "\n" for r in self.history), encoding="utf-8")
+            with new_file(log) as f:      # whole or as it was, whenever this is killed
+                f.writelines(json.dumps(r) + "\n" for r in self.history)
         self.accelerator.wait_for_everyone()
+
+    def _run_state(self) -> dict:
+        return resume_state(self.config, len(self.data), self.accelerator.num_processes)
+
+    def _warn_of_changes(self, checkpoint: Path) -> None:
+        then = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("run", {})
+        if self.accelerator.is_main_process and (changes := resume_changes(then, self._run_state())):
+            warnings.warn(f"{self.folder} goes on from step {self.n_steps} with other settings than before: {'; '.join(changes)}. Take the old settings, or another folder for a new run", stacklevel=4)
 
     def _load(self, checkpoint: Path) -> None:
         "Weights, optimizer and counters of a checkpoint."
