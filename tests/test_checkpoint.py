@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -27,7 +28,7 @@ from llm_course.reading import UserError
 from llm_course.step import TrainConfig
 from llm_course.trainer import Callback, Trainer, seed_all
 
-STEPS, EVERY = 90, 3          # 50 examples in batches of 8: an epoch ends in step 7, 13, 19, 25 …
+STEPS, EVERY = 60, 3          # 50 examples in batches of 8: an epoch ends in step 7, 13, 19, 25 …
 
 
 class Then(Callback):
@@ -74,13 +75,14 @@ def leftovers(folder) -> list[str]:
 
 # ---- what a forked process does
 
-def life(folder, background=False, drag=0.0, limit=0, kill_after=0, **kw):
+def life(folder, background=False, drag=0.0, limit=0, kill_after=0, hang_after=0, **kw):
     "One life of a run. `drag`: seconds by which each operation of a save is slowed; `limit`: bytes a file may have from step 10 on."
     if drag:
         for where, name in ((checkpoint, "write_tensors"), (checkpoint, "_flush"), (checkpoint.os, "replace"), (checkpoint.shutil, "rmtree")):
             setattr(where, name, dragged(getattr(where, name), drag))
     callbacks = [Then(10, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))] if limit else []
     callbacks += [Then(kill_after, lambda _: os.kill(os.getpid(), signal.SIGKILL))] if kill_after else []
+    callbacks += [Then(hang_after, lambda _: time.sleep(300))] if hang_after else []
     trainer = make(folder, callbacks, **kw)
     trainer.writer.background = background
     trainer.fit()
@@ -113,7 +115,8 @@ def replace_and_die(folder, at):
 
 def serve():
     "Fork a process for each line of the standard input, say its number, and when it has ended its status."
-    import accelerate  # noqa: F401  each life needs it
+    with tempfile.TemporaryDirectory() as warm:      # what is loaded at first use is loaded once, here
+        make(warm, steps=4).fit()
     for line in sys.stdin:
         job = json.loads(line)
         if not (pid := os.fork()):
@@ -189,14 +192,20 @@ def whole(tmp_path_factory):
     return folder, digest(trainer), log_of(folder)
 
 
-@pytest.fixture
-def run20(whole, tmp_path):
-    "A run folder as it lies there after step 20, with the checkpoints of steps 15 and 18."
-    trainer = make(tmp_path / "run", [Then(20, stop)])
+@pytest.fixture(scope="module")
+def stopped20(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    trainer = make(folder, [Then(20, stop)])
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
-    assert [checkpoint_step(c) for c in checkpoints(tmp_path / "run")] == [15, 18]
-    return tmp_path / "run"
+    assert [checkpoint_step(c) for c in checkpoints(folder)] == [15, 18]
+    return folder
+
+
+@pytest.fixture
+def run20(stopped20, tmp_path):
+    "A run folder as it lies there after step 20, with the checkpoints of steps 15 and 18."
+    return Path(shutil.copytree(stopped20, tmp_path / "run"))
 
 
 def stop(trainer):
@@ -225,7 +234,7 @@ def test_killed_22_times_at_random_moments_of_one_run(server, whole, tmp_path):
     "Every second kill falls into a save, the others anywhere, start and resume included; saving in the fore- and in the background in turn."
     rng, kills, torn, reached = random.Random(), 0, 0, []
     while kills < 22:
-        before, wanted = len(log_lines(tmp_path)), rng.randint(0, 5)
+        before, wanted = len(log_lines(tmp_path)), rng.randint(0, 3)
         server.start("life", tmp_path, background=kills % 3 == 0, drag=0.003, slow=0.001)
         if kills % 2:
             seen = set(leftovers(tmp_path))
@@ -233,14 +242,15 @@ def test_killed_22_times_at_random_moments_of_one_run(server, whole, tmp_path):
             time.sleep(rng.uniform(0, 0.06))
         else:
             until(lambda: len(log_lines(tmp_path)) >= before + wanted or not server.alive())
-            time.sleep(rng.uniform(0, 0.15))
+            time.sleep(rng.uniform(0, 0.1))
         assert server.alive(), server.wait()
         os.kill(server.child, signal.SIGKILL)
         assert server.wait()[0] == -signal.SIGKILL
         kills, torn = kills + 1, torn + bool(leftovers(tmp_path))
         reached.append(len(log_lines(tmp_path)))
+    print(f"{kills} kills, {torn} left something half-done; steps reached: {reached}")
     assert torn >= 3, (torn, reached)
-    assert reached[-1] > 20, reached
+    assert reached[-1] > 10, reached
     status, errors = server.run("life", tmp_path)
     assert status == 0 and "damaged" not in errors, errors
     assert (tmp_path / "end").read_text() == whole[1]
@@ -253,7 +263,7 @@ def log_lines(folder) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.mark.parametrize("how", [{"kill_after": 2}, {"kill_after": 3}, {"kill_after": 7}, {"kill_after": 25}, {"kill_after": STEPS - 1}, {"die_in": 2}, {"die_in": 3 * 6 + 3}, {"die_in": 3 * 30 + 2}],
+@pytest.mark.parametrize("how", [{"kill_after": 2}, {"kill_after": 3}, {"kill_after": 7}, {"kill_after": STEPS - 1}, {"die_in": 2}, {"die_in": 3 * 6 + 3}, {"die_in": 3 * 30 + 2}],
                          ids=lambda how: "-".join(f"{k}-{v}" for k, v in how.items()))
 def test_killed_in_the_first_and_later_epochs_and_between_micro_batches(server, whole, tmp_path, how):
     "Before the first checkpoint, at one, at the ends of epochs, at the end; in the second and third of the three micro-batches of a step."
@@ -261,23 +271,26 @@ def test_killed_in_the_first_and_later_epochs_and_between_micro_batches(server, 
     ends_like(whole, tmp_path)
 
 
-@pytest.mark.parametrize("at", range(60))
-def test_every_point_of_a_save_may_be_the_last(server, tmp_path, at):
+def test_every_point_of_a_save_may_be_the_last(server, tmp_path):
     "A checkpoint that replaces another, and the retiring of an old one, killed before each operation on the disk."
-    writer = CheckpointWriter(tmp_path, keep=3)
-    for step in (1, 2, 3):
-        writer.save(step, {"model": {"w": torch.zeros(9)}}, {"new": False})
-    status, errors = server.run("replace_and_die", tmp_path, at=at)
-    if status == 0:
-        pytest.skip("the save has fewer operations")
-    assert status == -signal.SIGKILL, errors
-    recover(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = newest_checkpoint(tmp_path)
-    assert found.name == "step_00000003" and not leftovers(tmp_path)
-    assert all(checkpoint_fault(c) is None for c in checkpoints(tmp_path)) and {c.name for c in checkpoints(tmp_path)} >= {"step_00000002", "step_00000003"}
-    assert recover(tmp_path) == []
+    status, at, found = -signal.SIGKILL, 0, []
+    while status:
+        folder = tmp_path / str(at)
+        writer = CheckpointWriter(folder, keep=3)
+        for step in (1, 2, 3):
+            writer.save(step, {"model": {"w": torch.zeros(9)}}, {"new": False})
+        status, errors = server.run("replace_and_die", folder, at=at)
+        assert status in (0, -signal.SIGKILL), errors
+        recover(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            newest = newest_checkpoint(folder)
+        assert newest.name == "step_00000003" and not leftovers(folder) and recover(folder) == []
+        kept = checkpoints(folder)
+        assert [checkpoint_step(c) for c in kept] in ([1, 2, 3], [2, 3]) and all(checkpoint_fault(c) is None for c in kept)
+        found.append((json.loads((newest / "state.json").read_text())["new"], len(kept)))
+        at += 1
+    assert at > 15 and found == sorted(found, key=lambda f: (f[0], -f[1])) and found[0] == (False, 3) and found[-1] == (True, 2)
 
 
 def test_sigterm_saves_and_exits_with_130(server, whole, tmp_path):
@@ -292,16 +305,15 @@ def test_sigterm_saves_and_exits_with_130(server, whole, tmp_path):
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(server, whole, tmp_path):
-    server.start("life", tmp_path, slow=0.01)
+    server.start("life", tmp_path, hang_after=4)
     until(lambda: len(log_lines(tmp_path)) >= 4)
-    server_time = time.monotonic()
-    os.kill(server.child, signal.SIGSTOP)      # both signals come before the step is over
+    time.sleep(0.3)
     os.kill(server.child, signal.SIGINT)
-    os.kill(server.child, signal.SIGCONT)
-    time.sleep(0.005)
+    time.sleep(0.3)
+    assert server.alive()                      # it waits for the end of the step, which does not come
     os.kill(server.child, signal.SIGINT)
     status, errors = server.wait()
-    assert status == 130 and time.monotonic() - server_time < 5, errors
+    assert status == 130 and "stopped at" not in errors and [checkpoint_step(c) for c in checkpoints(tmp_path)] == [3]
     ends_like(whole, tmp_path)
 
 
@@ -489,7 +501,7 @@ def test_what_is_no_checkpoint_is_left_alone(one, tmp_path):
 
 @pytest.mark.parametrize("change, says", [({"seed": 1}, "seed was 0 and is 1: the order of the data"), ({"batch_size": 4}, "batch_size was 8 and is 4: each step sees other examples"),
                                           ({"n_data": 60}, "the data had 50 examples and have 60"), ({"schedule": "wsd"}, "schedule was cosine and is wsd: this is no longer the run"),
-                                          ({"steps": 100}, "steps was 90 and is 100"), ({"micro_batch": 8}, "micro_batch was 3 and is 8: the same run up to rounding")])
+                                          ({"steps": 100}, f"steps was {STEPS} and is 100"), ({"micro_batch": 8}, "micro_batch was 3 and is 8: the same run up to rounding")])
 def test_a_resume_with_other_settings_is_told(run20, change, says):
     with pytest.warns(UserWarning, match=f"goes on from step 18 with other settings than before: {says}"):
         make(run20, [Then(20, stop)], **change)._resume()
