@@ -277,7 +277,7 @@ def resume_state(config: TrainConfig, n_data: int, processes: int = 1) -> dict:
 
 @cache
 def _code_commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
+    root = (Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()).parent
     if not (root / ".git").exists():
         return None
     with suppress(OSError, subprocess.SubprocessError):

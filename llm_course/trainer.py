@@ -292,6 +292,8 @@ class Trainer:
     def roll_back(self, step: int, samples: int) -> Path:
         """Take weights, optimizer and counters from the newest checkpoint of `step` at the latest, and go on with sample number `samples`
         of the run: the data before it is passed over. The callbacks keep their state. Returns the checkpoint; raises UserError when there is none."""
+        if self.writer:
+            self.writer.wait()      # or a save under way would turn up in a history that it does not belong to
         found = newest_checkpoint(self.folder, at_most=step) if self.folder else None
         if not found:
             raise UserError(f"there is no checkpoint of step {step} or before to go back to; train into a folder, with a smaller checkpoint_every")
