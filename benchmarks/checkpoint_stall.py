@@ -105,5 +105,5 @@ if __name__ == "__main__":
                "each": {"blocked": round_all(blocked.values()), "beyond_usual": round_all(stalls.values())}, "parts": parts()}
     print(json.dumps({k: v for k, v in figures.items() if k != "seconds"}, indent=1))
     if args.save:
-        save("checkpoint_stall", "One thread, float32: seconds of training steps around a checkpoint that is written in the foreground, in the background, and not at all; "
+        save("checkpoint_stall", "One thread, float32, wall-clock time on a machine that does other work, too: seconds of training steps around a checkpoint that is written in the foreground, in the background, and not at all; "
              "how long the call that saves blocks, and what the steps of its period took beyond usual ones (medians over saves); and the parts of a save for the weights alone.", figures)
