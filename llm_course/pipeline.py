@@ -47,7 +47,7 @@ from .reward import RewardModel, as_gold, pair_correctness, pair_examples, train
 from .tasks import word_tables
 from .sft import sft, sft_examples, wake_special_tokens
 from .tokenizer import Tokenizer, bytes_per_token, train_tokenizer
-from .checkpoint import checkpoints
+from .checkpoint import checkpoints, discard
 from .step import autocast_of
 from .curves import Progress, RunLog, TerminalPlot, live_plots, read_log
 from .trainer import Callback, TrainConfig, Trainer, make_accelerator, seed_all
@@ -272,7 +272,7 @@ def run_stage(run: Run, stage: str) -> bool:
             metrics = _work(run, stage, out)
         _wait_for_all()
         if is_main():
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)     # a finished stage needs none
+            discard(out / "checkpoints")     # a finished stage needs none
             write_json(out / "metrics.json", metrics)
             write_json(out / "stage.json", {"key": key, "stage": stage, "finished": True, "resumed": resumed, "seconds": round(time.perf_counter() - start, 2)})
     _wait_for_all()

@@ -9,7 +9,6 @@ __all__ = ['upper_limit', 'forget_after', 'SpikeGuard', 'influence']
 import json
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .reading import UserError
-from .checkpoint import checkpoint_step, checkpoints
+from .checkpoint import checkpoint_step, checkpoints, discard
 from .trainer import Callback, Trainer
 
 # %% ../nbs/05_failures.ipynb #ca9d105f
@@ -39,7 +38,7 @@ def forget_after(trainer: Trainer, step: int) -> None:
     if trainer.accelerator.is_main_process:
         for found in reversed(checkpoints(trainer.folder)):      # newest first: whenever this is killed, the rest is still a history
             if checkpoint_step(found) > step:
-                shutil.rmtree(found)
+                discard(found)
         partial = trainer.folder / ".log.jsonl.partial"
         partial.write_text("".join(json.dumps(r) + "\n" for r in trainer.history), encoding="utf-8")
         os.replace(partial, trainer.folder / "log.jsonl")

@@ -120,7 +120,7 @@ class TrainConfig:
     precision: str = "no"           # or bf16, or auto: bf16 where the hardware computes with it
     log_every: int = 10
     checkpoint_every: int = 100
-    keep_checkpoints: int = 1
+    keep_checkpoints: int = 2       # should the newest be damaged, the one before it is needed
     recompute: bool = False         # keep no activations, compute them again in the backward pass (recompute_activations)
     compile: bool = False           # compile the layers (compiled)
 

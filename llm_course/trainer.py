@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['sample_index', 'batch_indices', 'micro_batches', 'sum_over_processes', 'rescale_gradients', 'clip_norm',
-           'set_learning_rate', 'make_accelerator', 'any_process', 'require_agreement', 'agreed_checkpoint',
-           'stop_signals', 'neighbours', 'whole_tensors', 'piece_of', 'load_weights', 'parameter_names',
-           'named_optimizer_state', 'load_optimizer_state', 'blank_copy', 'distribute', 'check_start', 'prepare',
-           'accumulate_gradients', 'train_step', 'update_weights', 'seed_all', 'Callback', 'Interrupted', 'weights',
-           'whole_model', 'save_checkpoint', 'load_checkpoint', 'roll_back', 'read_log', 'log_record', 'resume', 'fit',
+           'set_learning_rate', 'make_accelerator', 'any_process', 'require_agreement', 'on_main', 'stop_signals',
+           'neighbours', 'whole_tensors', 'piece_of', 'load_weights', 'parameter_names', 'named_optimizer_state',
+           'load_optimizer_state', 'blank_copy', 'distribute', 'check_start', 'prepare', 'accumulate_gradients',
+           'train_step', 'update_weights', 'seed_all', 'Callback', 'Interrupted', 'weights', 'whole_model',
+           'save_checkpoint', 'load_checkpoint', 'roll_back', 'kept_records', 'log_record', 'resume', 'fit', 'train',
            'Trainer', 'Evaluate', 'mean_loss']
 
 # %% ../nbs/05_loop.ipynb #fde3e95c
@@ -22,10 +22,11 @@ import random
 import signal
 import threading
 import time
+import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .reading import UserError
-from .checkpoint import CheckpointWriter, newest_checkpoint
+from .reading import UserError, new_file
+from .checkpoint import CheckpointWriter, newest_checkpoint, recover, resume_changes, resume_state, run_lock
 from .model import Block
 from .step import TrainConfig, bf16_in_hardware, compiled, learning_rate, make_optimizer, recompute_activations
 
@@ -177,11 +178,21 @@ def require_agreement(accelerator, **facts: object) -> None:
         raise UserError(f"the processes do not agree on: {', '.join(differing)}; start all of them with the same command, data and seed")
 
 
-def agreed_checkpoint(folder: Path, accelerator, at_most: int | None = None) -> Path | None:
-    "The newest whole checkpoint (of step `at_most` at the latest) that the main process finds; all processes go on from that one."
+def on_main(accelerator, work: Callable[[], object]) -> object:
+    "What `work()` returns on the main process, on all processes. What it raises as UserError there is raised on all: none waits for ever."
+    if accelerator.num_processes == 1:
+        return work()
     from accelerate.utils import broadcast_object_list
-    found = newest_checkpoint(folder, at_most) if accelerator.is_main_process else None
-    return broadcast_object_list([found])[0]
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [work(), None]
+        except UserError as e:
+            outcome = [None, str(e)]
+    result, error = broadcast_object_list(outcome)
+    if error:
+        raise UserError(error)
+    return result
 
 # %% ../nbs/05_loop.ipynb #65b7a958
 @contextmanager
@@ -435,9 +446,12 @@ def save_checkpoint(trainer: "Trainer") -> None:
     "Write model, optimizer, counters and the callbacks' state as one checkpoint, whole or absent; all processes call it, the main one writes."
     t, main = trainer, trainer.accelerator.is_main_process
     tensors = {"model": t.weights(), "optimizer": whole_tensors(named_optimizer_state(t.model, t.optimizer), main)}
-    if main:
-        state = {"step": t.n_steps, "samples": t.samples, "tokens": t.tokens, "skipped": t.skipped, "torch": torch.__version__}
-        t.writer.save(t.n_steps, tensors, state, lambda folder: t._call("on_save", folder), t.protected)
+    state = {"step": t.n_steps, "samples": t.samples, "tokens": t.tokens, "skipped": t.skipped, "run": _run_state(t)}
+    on_main(t.accelerator, lambda: t.writer.save(t.n_steps, tensors, state, lambda folder: t._call("on_save", folder), t.protected))
+
+
+def _run_state(trainer: "Trainer") -> dict:
+    return resume_state(trainer.config, len(trainer.data), trainer.accelerator.num_processes)
 
 # %% ../nbs/05_loop.ipynb #531ec0bf
 def load_checkpoint(trainer: "Trainer", checkpoint: Path) -> None:
@@ -452,7 +466,9 @@ def load_checkpoint(trainer: "Trainer", checkpoint: Path) -> None:
 def roll_back(trainer: "Trainer", step: int, samples: int) -> Path:
     """Take weights, optimizer and counters from the newest checkpoint of `step` at the latest, and go on with sample number `samples`
     of the run: the data before it is passed over. The callbacks keep their state. Returns the checkpoint; raises UserError when there is none."""
-    found = agreed_checkpoint(trainer.folder, trainer.accelerator, step) if trainer.folder else None
+    if trainer.writer:
+        trainer.writer.wait()      # or a save under way would turn up in a history that it does not belong to
+    found = on_main(trainer.accelerator, lambda: newest_checkpoint(trainer.folder, step)) if trainer.folder else None
     if not found:
         raise UserError(f"there is no checkpoint of step {step} or before to go back to; train into a folder, with a smaller checkpoint_every")
     load_checkpoint(trainer, found)
@@ -460,7 +476,7 @@ def roll_back(trainer: "Trainer", step: int, samples: int) -> Path:
     return found
 
 # %% ../nbs/05_loop.ipynb #a5bc856c
-def read_log(path: Path, last_step: int) -> list[dict]:
+def kept_records(path: Path, last_step: int) -> list[dict]:
     "The records of a log up to a step; a line that a kill cut off is left out."
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -480,29 +496,61 @@ def log_record(trainer: "Trainer", record: dict) -> None:
 
 
 def resume(trainer: "Trainer") -> None:
-    "Load the newest whole checkpoint, if there is one, and cut the log after it."
-    from accelerate.utils import broadcast_object_list
+    "Put the folder in order, load its newest whole checkpoint, if there is one, and cut the log after it. Warns of settings that have changed since."
     t, log = trainer, trainer.folder / "log.jsonl"
-    t.folder.mkdir(parents=True, exist_ok=True)
-    found = agreed_checkpoint(t.folder, t.accelerator)
+    found = on_main(t.accelerator, lambda: _whole_checkpoint(t.folder))
     if found:
         load_checkpoint(t, found)
         t._call("on_load", found)
-    t.history = broadcast_object_list([read_log(log, t.n_steps) if t.accelerator.is_main_process else None])[0]
+        _warn_of_changes(t, found)
+    t.history = on_main(t.accelerator, lambda: kept_records(log, t.n_steps))
     if t.accelerator.is_main_process:
-        log.write_text("".join(json.dumps(r) + "\n" for r in t.history), encoding="utf-8")
+        with new_file(log) as f:      # whole or as it was, whenever this is killed
+            f.writelines(json.dumps(r) + "\n" for r in t.history)
     t.accelerator.wait_for_everyone()
+
+
+def _whole_checkpoint(folder: Path) -> Path | None:
+    recover(folder)
+    return newest_checkpoint(folder)
+
+
+def _warn_of_changes(trainer: "Trainer", checkpoint: Path) -> None:
+    then = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("run", {})
+    if trainer.accelerator.is_main_process and (changes := resume_changes(then, _run_state(trainer))):
+        warnings.warn(f"{trainer.folder} goes on from step {trainer.n_steps} with other settings than before: {'; '.join(changes)}. "
+                      "Take the old settings, or another folder for a new run", stacklevel=5)
 
 # %% ../nbs/05_loop.ipynb #570bb2a6
 def fit(trainer: "Trainer") -> list[dict]:
-    "Train to the last step; returns the log records. Raises Interrupted after Ctrl-C or SIGTERM at any process, with a checkpoint saved."
+    """Train to the last step; returns the log records.
+
+    Raises Interrupted after Ctrl-C or SIGTERM at any process, with a checkpoint saved; UserError when another run holds the folder."""
+    t = trainer
+    with ExitStack() as held:
+        held.enter_context(neighbours(t.accelerator))
+        if t.folder:
+            on_main(t.accelerator, lambda: held.enter_context(run_lock(t.folder)))
+        try:
+            train(t)
+        finally:
+            if t.writer:
+                t.writer.wait()
+        t._call("on_end")
+        return t.history
+
+
+def train(trainer: "Trainer") -> None:
+    "Resume, and take the steps that are left."
     t, c = trainer, trainer.config
     if t.folder:
         t._resume()
     t._call("on_start")
     t.model.train()
-    with stop_signals() as asked, neighbours(t.accelerator):
+    with stop_signals() as asked:
         while t.n_steps < c.steps:
+            if t.writer:
+                t.writer.check()
             t._call("before_step")
             record = t.step()
             last = t.n_steps == c.steps
@@ -512,10 +560,6 @@ def fit(trainer: "Trainer") -> list[dict]:
                 t.save_checkpoint()
             if stop and not last:
                 raise Interrupted(f"stopped at step {t.n_steps} of {c.steps}; the same command goes on from here")
-    if t.writer:
-        t.writer.wait()
-    t._call("on_end")
-    return t.history
 
 # %% ../nbs/05_loop.ipynb #26e5c679
 class Trainer:
