@@ -52,7 +52,7 @@ def write_tokens(path: str | Path, documents: Iterable[list[int]], vocab_size: i
     os.replace(partial, path)
     return meta
 
-# %% ../nbs/05_packing.ipynb #a30db144
+# %% ../nbs/05_packing.ipynb #9502e461
 class TokenFile:
     """The tokens of a file that `write_tokens` wrote, as a memory-mapped array: `tokens`; `file[a:b]` gives ids `[b - a]` as int64.
 
@@ -87,7 +87,7 @@ class TokenFile:
                             "the file is damaged or was written with another tokenizer: write it again")
         return ids
 
-# %% ../nbs/05_packing.ipynb #0db13b3f
+# %% ../nbs/05_packing.ipynb #7ae0acf8
 def document_ids(ids: Tensor, bos_id: int) -> Tensor:
     "Number of the document that each token of a row `[B, T]` belongs to: it rises at each start token."
     return (ids == bos_id).cumsum(-1)
@@ -123,7 +123,7 @@ def stack_rows(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     "A batch of rows of one length."
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
-# %% ../nbs/05_packing.ipynb #f8c04165
+# %% ../nbs/05_packing.ipynb #6069ee89
 Row = list[tuple[int, int, int]]   # pieces of documents: (document, from, to)
 
 
@@ -172,7 +172,7 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
         spaces |= 1 << (space - n)
     return bins
 
-# %% ../nbs/05_packing.ipynb #2f03945b
+# %% ../nbs/05_packing.ipynb #e5011598
 def split_fit(lengths: Sequence[int], room: int) -> list[Row]:
     "Best fit of whole documents; those longer than a row are cut into full rows and a rest (Ding et al., 2024)."
     full = [[(i, s, s + room)] for i, n in enumerate(lengths) for s in range(0, n - room + 1, room)]
@@ -197,7 +197,7 @@ def crop_fit(lengths: Sequence[int], room: int, buffer: int = 1000) -> list[Row]
         rows[-1].append((-i, 0, min(n, free)))
         free -= min(n, free)
 
-# %% ../nbs/05_packing.ipynb #61890e74
+# %% ../nbs/05_packing.ipynb #1f3c3569
 def filling_report(rows: Sequence[Row], lengths: Sequence[int], room: int) -> dict[str, float]:
     """What a filling wastes and destroys: `rows`; `used`, share of the places that hold a token; `lost`, share of the tokens in no row; `cut`,
     share of the documents that are not whole in one row; `context`, mean number of tokens of its own document that a token sees (itself too)."""
@@ -206,7 +206,7 @@ def filling_report(rows: Sequence[Row], lengths: Sequence[int], room: int) -> di
     return {"rows": len(rows), "used": float(sizes.sum() / (len(rows) * room)), "lost": float(1 - sizes.sum() / sum(lengths)),
             "cut": 1 - len(whole) / len(lengths), "context": float((sizes * (sizes + 1) / 2).sum() / sizes.sum())}
 
-# %% ../nbs/05_packing.ipynb #63571b71
+# %% ../nbs/05_packing.ipynb #de1964ef
 def pack_examples(examples: Sequence[dict], seq_len: int, pad_id: int) -> list[dict[str, Tensor]]:
     "Pack whole examples (`input_ids`, `labels`) into rows of `seq_len`; padding is a document of its own without labels."
     rows = []
@@ -221,7 +221,7 @@ def pack_examples(examples: Sequence[dict], seq_len: int, pad_id: int) -> list[d
                      "doc_ids": torch.tensor(docs + [-1] * fill)})
     return rows
 
-# %% ../nbs/05_packing.ipynb #f2a0dcc7
+# %% ../nbs/05_packing.ipynb #54fc72ab
 class FilledRows:
     """Rows of `seq_len` tokens of a token file, filled by `fill(lengths, seq_len)`: `split_fit`, `crop_fit`, `pad_each` or your own; for the trainer.
 
@@ -276,7 +276,7 @@ def document_offsets(doc_ids: Tensor, max_docs: int | None = None) -> Tensor:
         raise UserError(f"the rows hold {number[-1]} documents, more than max_docs={max_docs}; set a larger max_docs")
     return offsets.int()
 
-# %% ../nbs/05_packing.ipynb #809ec3fd
+# %% ../nbs/05_packing.ipynb #7b45a4fa
 def _alike(q: Tensor, k: Tensor, v: Tensor, dropout: float, backend: str) -> list[Tensor]:
     "Queries, keys and values in one type: autocast's, or that of the values (rotary positions compute in float32)."
     if dropout:
@@ -310,7 +310,7 @@ class VarlenMask:
         y = self.kernel(*flat, self.offsets, self.offsets, self.max_len, self.max_len, window_size=(-1, 0 if self.causal else -1), enable_gqa=H != k.shape[1])
         return y.view(B, T, H, D).transpose(1, 2)
 
-# %% ../nbs/05_packing.ipynb #8a880bf5
+# %% ../nbs/05_packing.ipynb #7c5f2053
 def varlen_slowly(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *, window_size: tuple[int, int] = (-1, -1),
                   enable_gqa: bool = False) -> Tensor:
     """What `varlen_attn` computes, one document after the other, on any device: a stand-in for tests.
@@ -326,7 +326,7 @@ def varlen_slowly(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: T
             parts.append(attention(*mine, causal=window_size == (-1, 0))[0].transpose(0, 1))
     return torch.cat(parts)
 
-# %% ../nbs/05_packing.ipynb #d1917e77
+# %% ../nbs/05_packing.ipynb #9c8984bb
 @lru_cache
 def _compiled_for_gpu(f: Callable) -> Callable:
     return torch.compile(f, dynamic=False)
@@ -363,7 +363,7 @@ def _flex_mask(doc_ids: Tensor, causal: bool) -> FlexMask:
     make = _compiled_for_gpu(create_block_mask) if doc_ids.is_cuda else create_block_mask
     return FlexMask(make(may_look, len(doc_ids), None, doc_ids.shape[1], doc_ids.shape[1], device=doc_ids.device))
 
-# %% ../nbs/05_packing.ipynb #76509333
+# %% ../nbs/05_packing.ipynb #8e402b5c
 BACKENDS = ("sdpa", "varlen", "flex")
 
 
@@ -389,7 +389,7 @@ def packing_mask(doc_ids: Tensor, causal: bool = True, backend: str | None = Non
         return VarlenMask(document_offsets(doc_ids, max_docs), doc_ids.shape[1], causal)
     return _flex_mask(doc_ids, causal) if backend == "flex" else document_mask(doc_ids, causal)
 
-# %% ../nbs/05_packing.ipynb #5ce392a8
+# %% ../nbs/05_packing.ipynb #928596ee
 def restarting_positions(doc_ids: Tensor) -> Tensor:
     "Positions `[B, T]` that count from 0 in each document of a packed row."
     index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)

@@ -26,7 +26,7 @@ from llm_course.reading import UserError
 from llm_course.step import chunked_loss, compiled, recompute_activations
 from llm_course.tasks import IGNORE, clm_loss, mlm_loss
 
-EASY = settings(max_examples=60, deadline=None, derandomize=True)
+EASY = settings(max_examples=40, deadline=None, derandomize=True)
 V, ROOM = 50, 24
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -167,10 +167,11 @@ def test_offsets(B, T, share, seed):
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_forms_agree(kv_heads, causal, seed):
     "Dense matrix, offsets with a plain loop, flex: against the formula, gradients of the first two as well."
-    B, T, docs = 2, 17 + 60 * seed, random_docs(2, 17 + 60 * seed, seed)
+    B, T = 2, (5, 40, 150)[seed]                                 # less than one block of flex, and more
+    docs = random_docs(B, T, seed)
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(B, h, T, 8, generator=g, dtype=torch.float64, requires_grad=True) for h in (4, kv_heads, kv_heads))
     wide = [t.repeat_interleave(4 // t.shape[1], 1) for t in (q, k, v)]
@@ -234,8 +235,8 @@ def test_compiled_layers_take_every_form():
         ids = torch.randint(3, V, (2, ROOM), generator=torch.Generator().manual_seed(seed))
         return {"input_ids": ids, "labels": ids, "doc_ids": random_docs(2, ROOM, seed)}
 
-    def by_offsets(model, b):
-        return model(b["input_ids"], mask=VarlenMask(document_offsets(b["doc_ids"], 2 * ROOM), ROOM, True, lambda q, k, v, o, *a, **kw: q + k.sum() + v + o.sum()))
+    def by_offsets(model, b, max_docs=2 * ROOM):
+        return model(b["input_ids"], mask=VarlenMask(document_offsets(b["doc_ids"], max_docs), ROOM, True, lambda q, k, v, o, *a, **kw: q + k.sum() + v + o.sum()))
 
     with torch.no_grad():
         for run in (lambda m, b: packed_logits(m, b, b["doc_ids"] >= 0), lambda m, b: packed_logits(m, b, b["doc_ids"] >= 0, "flex"), by_offsets):
@@ -245,6 +246,8 @@ def test_compiled_layers_take_every_form():
             with torch.compiler.set_stance("fail_on_recompile"):
                 for seed in (1, 2):
                     torch.testing.assert_close(run(fast, batch(seed)), run(plain, batch(seed)), rtol=0, atol=1e-5)
+        with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompile"):
+            by_offsets(fast, batch(0), 2 * ROOM + 1)                       # the control: another number of offsets is another program
     torch.compiler.reset()
 
 
