@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import ENV
-from llm_course.hub import hf_config, to_hf
+from llm_course.hub import to_hf
 from llm_course.model import ModelConfig, Transformer, attention, attention_slowly, document_mask
 from llm_course.packing import (BACKENDS, FilledRows, FlexMask, TokenFile, TokenRows, VarlenMask, best_fit, choose_backend, crop_fit, cut_stream, document_ids,
                                 document_offsets, document_starts, filling_report, pack_examples, packed_inputs, packed_logits, packed_loss, packed_targets, packing_mask,
@@ -339,7 +338,7 @@ def test_rotary_positions_need_no_restart_and_absolute_ones_do():
 
 
 def test_transformers_is_the_referee(tmp_path):
-    "Its Llama sees by itself that positions restart, but only without mask and cache; with a mask of ones it attends across documents."
+    "Its Llama sees by itself that positions restart, but only without mask and cache; with a mask of ones, or a cache, it attends across documents."
     from transformers import LlamaForCausalLM
     model = make(n_kv_heads=2, tie_embeddings=False)
     to_hf(model, tmp_path / "llama")
@@ -350,9 +349,10 @@ def test_transformers_is_the_referee(tmp_path):
     with torch.no_grad():
         ours = packed_logits(model, rows, rows["doc_ids"] >= 0)
         right = theirs(rows["input_ids"], position_ids=positions, attention_mask=None, use_cache=False).logits[0]
-        wrong = theirs(rows["input_ids"], position_ids=positions, attention_mask=torch.ones_like(positions), use_cache=False).logits[0]
+        wrong = [theirs(rows["input_ids"], position_ids=positions, attention_mask=mask, use_cache=cache).logits[0]
+                 for mask, cache in ((torch.ones_like(positions), False), (None, True))]
     torch.testing.assert_close(ours, right, rtol=0, atol=1e-5)
-    assert (ours - wrong).abs().max() > 1e-3
+    assert all((ours - logits).abs().max() > 1e-3 for logits in wrong)
 
 
 # ---- the border between documents
