@@ -104,7 +104,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     """The same by PyTorch's fused kernel: `q` is `[B, H, T, D]`, `k` and `v` are `[B, H_kv, S, D]` where `H_kv` divides `H`.
 
     A `mask` that broadcasts to `[B, H, T, S]` takes the place of the causal one: True where one may look, or numbers to add to the
-    scores. Without it, `causal` needs T = S or T = 1 (one new token that may see all). `dropout` is the share of weights set to 0."""
+    scores. So does one that is no tensor, but knows in its `attend(q, k, v, dropout)` how to look (`packing.packing_mask`).
+    Without it, `causal` needs T = S or T = 1 (one new token that may see all). `dropout` is the share of weights set to 0."""
+    if mask is not None and not isinstance(mask, Tensor):
+        return mask.attend(q, k, v, dropout)
     causal, grouped = causal and mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
     slow = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")  # the CPU's bf16 kernel takes twice the time of the float32 one
     with torch.autocast("cpu", enabled=False) if slow else nullcontext():

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .reading import UserError
-from .model import Block, Transformer, document_mask
-from .packing import restarting_positions
+from .model import Block, Transformer
+from .packing import packed_inputs, packed_targets
 from .tasks import IGNORE
 
 # %% ../nbs/05_step.ipynb #2d3a7ff0
@@ -82,17 +82,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: 
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, chunk, torch.is_grad_enabled())
 
 # %% ../nbs/05_step.ipynb #fac78283
-def chunked_loss(model: Transformer, batch: dict[str, Tensor], chunk: int = 1024) -> tuple[Tensor, Tensor, dict]:
+def chunked_loss(model: Transformer, batch: dict[str, Tensor], chunk: int = 1024, backend: str | None = None) -> tuple[Tensor, Tensor, dict]:
     """The same as `packing.packed_loss` with at most `chunk` rows of logits in memory; `model` must be the `Transformer` itself.
 
-    Raises UserError for a model that is wrapped for several processes: its wrapper has to see the forward pass."""
+    `backend` as in `packing.packing_mask`. Raises UserError for a model that is wrapped for several processes: its wrapper has to see the forward
+    pass."""
     if not isinstance(model, Transformer):
         raise UserError(f"chunked_loss takes a Transformer, not a {type(model).__name__}; use packed_loss for a wrapped model")
-    c, docs = model.config, batch["doc_ids"]
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE) if c.causal else batch["labels"]
-    keep = targets != IGNORE
-    positions = restarting_positions(docs) if c.positions in ("learned", "sinusoidal") else None
-    h = model.hidden(batch["input_ids"], positions, document_mask(docs, c.causal))
+    targets, keep = packed_targets(model.config, batch)
+    h = model.hidden(*packed_inputs(model.config, batch, backend))
     head = model.embed_tokens if model.lm_head is None else model.lm_head
     return linear_cross_entropy(h[keep], head.weight, targets[keep], chunk=chunk), keep.sum(), {}
 
