@@ -85,7 +85,7 @@ def checkpoint_fault(folder: Path) -> str | None:
         if file_hash(path) != digest:
             return f"{path} does not have the content that was written (its SHA-256 differs)"
 
-# %% ../nbs/05_checkpoints.ipynb #221ec1bf
+# %% ../nbs/05_checkpoints.ipynb #e8be1e0c
 def checkpoint_step(folder: Path) -> int:
     "The step at which a checkpoint was taken, from its name."
     return int(folder.name.removeprefix("step_"))
