@@ -85,7 +85,7 @@ def checkpoint_fault(folder: Path) -> str | None:
         if file_hash(path) != digest:
             return f"{path} does not have the content that was written (its SHA-256 differs)"
 
-# %% ../nbs/05_checkpoints.ipynb #221ec1bf
+# %% ../nbs/05_checkpoints.ipynb #e8be1e0c
 def checkpoint_step(folder: Path) -> int:
     "The step at which a checkpoint was taken, from its name."
     return int(folder.name.removeprefix("step_"))
@@ -138,7 +138,7 @@ def _or_nothing(partial: Path, final: Path) -> Iterator[None]:
         if not isinstance(e, OSError):
             raise
         remedy = "Raise the limit on the size of files (ulimit -f)" if e.errno == errno.EFBIG else disk_error(e, final).remedy
-        raise UserError(f"cannot write the checkpoint {final}: {os.strerror(e.errno) if e.errno else e}. {remedy}; the checkpoints before it are untouched, "
+        raise UserError(f"{final}: cannot write: {os.strerror(e.errno) if e.errno else e}. {remedy}; the checkpoints before it are untouched, "
                         "and the same command goes on from the newest") from e
 
 # %% ../nbs/05_checkpoints.ipynb #39476c36
