@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,6 +39,9 @@ from .reading import UserError, new_file
 from .checkpoint import CheckpointWriter, newest_checkpoint, recover, resume_changes, resume_state, run_lock
 from .model import Block
 from .step import TrainConfig, bf16_in_hardware, compiled, learning_rate, make_optimizer, recompute_activations
+
+if TYPE_CHECKING:          # accelerate is loaded when a run starts
+    from accelerate import Accelerator
 
 # %% ../nbs/05_loop.ipynb #7db15e12
 def sample_index(n: int, size: int, seed: int) -> int:
@@ -73,7 +77,7 @@ def micro_batches(batch: Sequence[int], rank: int, processes: int, size: int = 0
     return [mine[i:i + size] for i in range(0, len(mine), size)]
 
 # %% ../nbs/05_loop.ipynb #2b232e65
-def sum_over_processes(totals: dict[str, Tensor], accelerator) -> dict[str, float]:
+def sum_over_processes(totals: dict[str, Tensor], accelerator: "Accelerator") -> dict[str, float]:
     "The sums of all processes, by name, in one message; every process brings the same names in the same order."
     whole = accelerator.reduce(torch.stack([v.double() for v in totals.values()]), "sum")
     return dict(zip(totals, whole.tolist()))
@@ -86,7 +90,7 @@ def rescale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None
             p.grad.mul_(factor)
 
 
-def clip_norm(accelerator, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+def clip_norm(accelerator: "Accelerator", parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     "Clip the gradients to a norm of at most `max_norm` together; returns their norm before, over the pieces of all processes."
     norm = accelerator.clip_grad_norm_(parameters, max_norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -98,7 +102,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 # %% ../nbs/05_loop.ipynb #0a77013d
-def make_accelerator(precision: str = "no"):
+def make_accelerator(precision: str = "no") -> "Accelerator":
     """An `accelerate.Accelerator`, with what the launcher asked for (see `accelerate launch`) in force.
 
     Raises UserError when processes were started that do not see each other, when FSDP was asked for and accelerate would run
@@ -131,7 +135,7 @@ def _has_mps() -> bool:
     return torch.backends.mps.is_available() and torch.backends.mps.is_built()
 
 # %% ../nbs/05_loop.ipynb #56b10f66
-def _require_sharding(accelerator) -> None:
+def _require_sharding(accelerator: "Accelerator") -> None:
     "See that FSDP2 is in force; on a CPU only where LLM_COURSE_SHARD_ON_CPU says so, because accelerate falls back to DDP there without a word."
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -160,15 +164,15 @@ def _leave_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
-# %% ../nbs/05_loop.ipynb #80ded5bb
-def any_process(flag: bool, accelerator) -> bool:
+# %% ../nbs/05_loop.ipynb #9613447b
+def any_process(flag: bool, accelerator: "Accelerator") -> bool:
     "Does any process say yes? All ask together, and all get the same answer."
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor([float(flag)], device=accelerator.device), "sum").item())
 
 
-def require_agreement(accelerator, **facts: object) -> None:
+def require_agreement(accelerator: "Accelerator", **facts: object) -> None:
     "Raise UserError, on all processes, unless they all bring the same facts (compared by their `repr`)."
     if accelerator.num_processes == 1:
         return
@@ -178,7 +182,7 @@ def require_agreement(accelerator, **facts: object) -> None:
         raise UserError(f"the processes do not agree on: {', '.join(differing)}; start all of them with the same command, data and seed")
 
 
-def on_main(accelerator, work: Callable[[], object]) -> object:
+def on_main(accelerator: "Accelerator", work: Callable[[], object]) -> object:
     "What `work()` returns on the main process, on all processes. What it raises as UserError there is raised on all: none waits for ever."
     if accelerator.num_processes == 1:
         return work()
@@ -217,7 +221,7 @@ def stop_signals():
 
 # %% ../nbs/05_loop.ipynb #b4ac5716
 @contextmanager
-def neighbours(accelerator):
+def neighbours(accelerator: "Accelerator"):
     "Within: when another process is gone, the error of the library that noticed becomes a UserError that says so."
     signs = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
     try:
@@ -296,7 +300,7 @@ def blank_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, blank)
 
 
-def distribute(accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+def distribute(accelerator: "Accelerator", model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
     "Model and optimizer as accelerate wraps them: as they are, for DDP, or with FSDP2 in pieces, one layer (`Block`) a piece."
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -306,7 +310,7 @@ def distribute(accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) 
     return accelerator.prepare(model, optimizer)
 
 # %% ../nbs/05_loop.ipynb #1b2ef15c
-def check_start(accelerator, model: nn.Module, data: Sequence, config: TrainConfig) -> None:
+def check_start(accelerator: "Accelerator", model: nn.Module, data: Sequence, config: TrainConfig) -> None:
     "Raise UserError, before anything is done, for data or settings with which no step could be taken, or not by so many processes."
     if len(data) == 0:
         raise UserError("there is nothing to train on: the data set is empty; check the sources and the filters before this stage")
@@ -320,7 +324,7 @@ def check_start(accelerator, model: nn.Module, data: Sequence, config: TrainConf
     require_agreement(accelerator, **facts)
 
 
-def prepare(accelerator, model: nn.Module, config: TrainConfig, groups: list[dict] | None = None) -> tuple:
+def prepare(accelerator: "Accelerator", model: nn.Module, config: TrainConfig, groups: list[dict] | None = None) -> tuple:
     """Apply the settings to the model, make the optimizer and distribute both; returns a blank copy of the model where its weights
     are sharded (else None), the wrapped model and the optimizer."""
     blank = blank_copy(model) if getattr(accelerator.state, "fsdp_plugin", None) is not None else None
@@ -475,7 +479,7 @@ def roll_back(trainer: "Trainer", step: int, samples: int) -> Path:
     trainer.samples = samples
     return found
 
-# %% ../nbs/05_loop.ipynb #a5bc856c
+# %% ../nbs/05_loop.ipynb #00f38aa4
 def kept_records(path: Path, last_step: int) -> list[dict]:
     "The records of a log up to a step; a line that a kill cut off is left out."
     records = []
@@ -521,7 +525,7 @@ def _warn_of_changes(trainer: "Trainer", checkpoint: Path) -> None:
         warnings.warn(f"{trainer.folder} goes on from step {trainer.n_steps} with other settings than before: {'; '.join(changes)}. "
                       "Take the old settings, or another folder for a new run", stacklevel=5)
 
-# %% ../nbs/05_loop.ipynb #570bb2a6
+# %% ../nbs/05_loop.ipynb #1dc0ccf2
 def fit(trainer: "Trainer") -> list[dict]:
     """Train to the last step; returns the log records.
 

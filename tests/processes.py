@@ -111,7 +111,7 @@ def whole(out):
 def guarded(out):
     "A poisoned stretch: refused on all processes, then back to a checkpoint and past the data."
     guard = SpikeGuard(window=8, warmup=4, k=50.0, patience=2, within=5, margin=1, pass_over=1)
-    trainer = run(out / "guarded", data=Rows(400, POISONED), callbacks=[guard], steps=9, checkpoint_every=2)
+    trainer = run(out / "guarded", data=Rows(400, POISONED), callbacks=[guard], steps=9, checkpoint_every=2, lr=0.001)
     trainer.save_checkpoint()
     return told(trainer) | {"guards": gathered(trainer, guard.state)}
 

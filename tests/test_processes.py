@@ -122,7 +122,7 @@ def test_a_checkpoint_fits_any_number_of_processes(ran, mode, source):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_model_folder_is_one_piece(ran, mode):
-    "Of a sharded model, too: it loads as any other, and gives the logits of the weights in the newest checkpoint's successor."
+    "Of a sharded model, too: it loads as any other, and gives the same logits."
     model, reference = load_model(ran[mode]["folder"] / "model"), load_model(ran["one"]["folder"] / "model")
     ids = torch.randint(51, (2, 12), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_a_poisoned_batch_is_refused_by_all(ran, mode):
     assert found == [{"step": 4, "event": "rolled back", "from_step": 7, "to_step": 4, "samples": 48, "steps": [6, 7]}]
     assert [e["to_step"] for e in one["guards"][0]["events"]] == [4] and gap(curve(one), curve(two)) < 1e-5
     a, b = (load_file(checkpoints(ran[m]["folder"] / "guarded")[-1] / "model.safetensors") for m in ("one", mode))
-    assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-6 + 1e-5
+    assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max() for k in a) < 1e-6
 
 
 @pytest.mark.parametrize("mode", MODES)
