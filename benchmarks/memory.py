@@ -34,13 +34,12 @@ def megabytes(key: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
-def steps(model: Transformer, batch: dict, chunk: int, bf16: bool) -> None:
+def steps(model: Transformer, batch: dict, chunk: int) -> None:
     "A step on one row, after which the optimizer has its averages, and one on two micro-batches, the second of which finds gradients."
     optimizer = make_optimizer(model, TrainConfig(1))
     for parts in ([{k: v[:1] for k, v in batch.items()}], [batch, batch]):
         for part in parts:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = (chunked_loss(model, part, chunk) if chunk else packed_loss(model, part))[0]
+            loss = (chunked_loss(model, part, chunk) if chunk else packed_loss(model, part))[0]
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -51,29 +50,29 @@ def make_batch(c: ModelConfig, rows: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids, "doc_ids": torch.zeros_like(ids)}
 
 
-def measured(shape: str, way: str, bf16: bool) -> float:
+def measured(shape: str, way: str) -> float:
     "Peak of a step above the start, in MB."
     vocab, settings, rows = SHAPES[shape]
     for chunk in (0, 8):     # the libraries' own memory is there before we look
         small = ModelConfig(64, dim=16, n_layers=1, n_heads=2, max_seq_len=16)
-        steps(recompute_activations(Transformer(small)), make_batch(small, 2), chunk, bf16)
+        steps(recompute_activations(Transformer(small)), make_batch(small, 2), chunk)
     c = ModelConfig(vocab, **settings)
     batch, before = make_batch(c, rows), megabytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")     # the highest size so far is forgotten
-    steps(recompute_activations(Transformer(c), "recompute" in WAYS[way]), batch, WAYS[way].get("chunk", 0), bf16)
+    steps(recompute_activations(Transformer(c), "recompute" in WAYS[way]), batch, WAYS[way].get("chunk", 0))
     return megabytes("VmHWM") - before
 
 
-def row(shape: str, way: str, bf16: bool) -> dict:
+def row(shape: str, way: str) -> dict:
     "Estimate and measurement of one case, in MB."
     vocab, settings, rows = SHAPES[shape]
-    memory = estimate_memory(ModelConfig(vocab, **settings), rows, bf16=bf16, **WAYS[way])
+    memory = estimate_memory(ModelConfig(vocab, **settings), rows, **WAYS[way])
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        peak = pool.apply(measured, (shape, way, bf16))
+        peak = pool.apply(measured, (shape, way))
     estimate = memory.total / 2**20
     parts = {k: round(v / 2**20, 1) for k, v in vars(memory).items()}
-    found = {"shape": shape, "way": way, "precision": "bf16" if bf16 else "float32", "estimate": round(estimate, 1), "measured": round(peak, 1), "ratio": round(estimate / peak, 3), "parts": parts}
-    print(f"{shape:18}{way:10}{found['precision']:8} estimate {estimate:7.1f}  measured {peak:7.1f}  ratio {estimate / peak:.2f}  {parts}", flush=True)
+    found = {"shape": shape, "way": way, "estimate": round(estimate, 1), "measured": round(peak, 1), "ratio": round(estimate / peak, 3), "parts": parts}
+    print(f"{shape:18}{way:10} estimate {estimate:7.1f}  measured {peak:7.1f}  ratio {estimate / peak:.2f}  {parts}", flush=True)
     return found
 
 
@@ -82,10 +81,10 @@ if __name__ == "__main__":
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:     # glibc reads it when a program starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"})
     torch.set_num_threads(1)
-    rows = [row(shape, way, bf16) for bf16 in (False, True) for shape in SHAPES for way in WAYS if not bf16 or shape == "wide"]
-    ratios = [r["ratio"] for r in rows if r["precision"] == "float32"]
+    rows = [row(shape, way) for shape in SHAPES for way in WAYS]
+    ratios = [r["ratio"] for r in rows]
     figures = {"shapes": {k: {"vocab_size": v, **s, "rows": n} for k, (v, s, n) in SHAPES.items()}, "chunk": 256, "rows": rows,
-               "lowest_ratio": min(ratios), "highest_ratio": max(ratios), "gpu": "not measured yet"}
+               "lowest_ratio": min(ratios), "highest_ratio": max(ratios), "bf16": "not measured yet", "gpu": "not measured yet"}
     if args.save:
         save("memory", "Estimated memory of a training step (scale.estimate_memory) beside the measured peak of a process on a CPU, in MiB: five shapes, with activations kept "
-             "or recomputed, loss whole or in chunks of 256 rows, float32 and bf16 autocast (bf16 on a CPU: its kernels make copies that a GPU's need not).", figures)
+             "or recomputed, loss whole or in chunks of 256 rows, float32.", figures)

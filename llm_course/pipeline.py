@@ -578,11 +578,11 @@ def run_ppo(run: Run, out: Path) -> dict:
 
 def run_dpo(run: Run, out: Path) -> dict:
     "SFT model and pairs to a policy, by DPO or one of its family (`dpo.kind`)."
-    s, c, tokenizer, policy = run.settings, run.settings["dpo"], Tokenizer.load(run.path("tokenizer")), load_model(run.path("sft"))
+    s, c, tokenizer, policy = run.settings, run.settings["dpo"], Tokenizer.load(run.path("tokenizer")), load_model(run.path("sft")).to(_device())
     examples, report = _pairs(run, tokenizer, policy.config.max_seq_len)
     config = train_config(s, "dpo", _steps(len(examples), c))
     with autocast_of(config):     # the same arithmetic as in training: at the first step policy and reference must agree
-        examples = add_reference(policy.to(_device()), examples, tokenizer.pad_id)
+        examples = add_reference(policy, examples, tokenizer.pad_id)
     train_preference(policy, examples, config, tokenizer, out, _callbacks(run, "dpo", _writer(policy, tokenizer, _prompt_of(run))),
                      kind=c["kind"], beta=c["beta"])
     if is_main():

@@ -1,6 +1,5 @@
 """Configurations that a launcher accepts, a whole chain started by one of them, and plans that keep their word."""
 import json
-import multiprocessing
 import os
 import re
 import stat
@@ -24,8 +23,8 @@ from llm_course.scale import CARDS, SHARDED, config_path, estimate_memory, find_
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
 TINY = ["data.people=20", "data.village_bytes=120000", "data.docs_bytes=0", "data.code_bytes=0", "data.budget_bytes=100000", "data.instructions=60", "data.pairs=40", "data.held_out=5",
-        "data.tasks=4", "tokenizer.vocab_size=400", "model.dim=32", "pretrain.tokens=6144", "pretrain.optimizer=adamw", "sft.epochs=0.5", "reward.epochs=0.5", "dpo.epochs=0.5", "dpo.batch_size=8",
-        "reward.batch_size=8", "ppo.updates=1", "ppo.rollouts=6", "ppo.batch_size=6", "ppo.max_new_tokens=6", "ppo.divide=true", "eval.preference_tasks=4", "eval.stories=2", "eval.max_new_tokens=4"]
+        "data.tasks=4", "tokenizer.vocab_size=400", "model.dim=32", "model.max_seq_len=256", "pretrain.tokens=8192", "pretrain.optimizer=adamw", "sft.epochs=0.5", "reward.epochs=0.5", "dpo.epochs=0.5", "dpo.batch_size=8",
+        "reward.batch_size=8", "ppo.updates=1", "ppo.rollouts=6", "ppo.batch_size=6", "ppo.max_new_tokens=6", "ppo.divide=true"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -90,41 +89,42 @@ def test_slurm_script_without_a_folder(tmp_path):
 def test_accelerate_launches_the_whole_chain(tmp_path):
     "All stages on two processes, by the configuration for a CPU: one writes, both train."
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu_two.yaml"), "--log_dir", str(tmp_path / "logs"), "--tee", "3",
-               "-m", "llm_course.cli", "run", "--size", "smoke", "--set", *TINY, "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=280)
+               "-m", "llm_course.cli", "run", "--size", "smoke", "--set", *TINY, "--stages", "prepare,tokenizer,pretrain,sft,reward,ppo,dpo,report", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert len(list((tmp_path / "logs").rglob("stdout.log"))) == 2
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert {"pretrain", "sft", "reward", "ppo", "dpo", "tasks"} <= metrics.keys()
+    assert {"pretrain", "sft", "reward", "ppo", "dpo"} <= metrics.keys()
     for stage in ("base", "sft", "reward", "ppo", "dpo"):
         assert (tmp_path / "run" / stage / "model.safetensors").exists(), stage
         assert done.stdout.count(f"{'pretrain' if stage == 'base' else stage}: finished") == 1
     assert not list((tmp_path / "run").glob(".*.partial"))
 
 
-def peak_of_a_step(shape: dict, rows: int, recompute: bool) -> float:
-    import torch
-    sys.path.insert(0, str(CONFIGS.parent / "benchmarks"))
-    import memory
-    torch.set_num_threads(1)
-    memory.SHAPES["here"], memory.WAYS["here"] = (2048, shape, rows), {"recompute": True} if recompute else {}
-    return memory.measured("here", "here", False)
+MEASURE = """
+import json, memory, torch
+torch.set_num_threads(1)
+memory.SHAPES["here"] = (2048, dict(dim=256, n_layers=6, n_heads=4, max_seq_len=128), 8)
+print(json.dumps([memory.row("here", way) for way in ("plain", "both")]))
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory figures of Linux")
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_real_step_needs_what_was_estimated(recompute):
-    shape = dict(dim=256, n_layers=6, n_heads=4, max_seq_len=128)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        peak = pool.apply(peak_of_a_step, (shape, 8, recompute))
-    assert 0.7 < estimate_memory(ModelConfig(2048, **shape), 8, recompute=recompute).total / 2**20 / peak < 1.2
+def test_a_real_step_needs_what_was_estimated():
+    "As in benchmarks/memory.py, with glibc told to give memory back."
+    env = ENV | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "PYTHONPATH": os.pathsep.join((str(CONFIGS.parent / "benchmarks"), ENV.get("PYTHONPATH", "")))}
+    done = subprocess.run([sys.executable, "-c", MEASURE], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    plain, both = json.loads(done.stdout.splitlines()[-1])
+    assert all(0.75 < r["ratio"] < 1.2 for r in (plain, both)), (plain, both)
+    assert both["measured"] < plain["measured"] * 0.7
 
 
 models = st.builds(lambda v, heads, width, layers, T: ModelConfig(64 * v, dim=heads * width, n_layers=layers, n_heads=heads, max_seq_len=T),
                    st.integers(1, 2000), st.integers(1, 64), st.sampled_from([32, 64, 128]), st.integers(1, 80), st.sampled_from([64, 512, 4096]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(models, st.integers(1, 64), st.integers(1, 64), st.sampled_from(sorted(SHARDED)), st.booleans(), st.booleans())
 def test_estimates_hang_together(c, batch, P, mode, bf16, recompute):
     memory = estimate_memory(c, batch, None, mode, P, bf16, recompute)
