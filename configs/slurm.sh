@@ -28,8 +28,8 @@ export FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP FSDP_TRANSFORMER_CLS_TO_WRAP
 export FSDP_CPU_RAM_EFFICIENT_LOADING=false FSDP_OFFLOAD_PARAMS=false FSDP_ACTIVATION_CHECKPOINTING=false
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 
-# Each process learns who it is from Slurm; `exec` lets the signal reach Python itself.
-srun --kill-on-bad-exit=1 bash -c '
+# Each process learns who it is from Slurm; `exec` lets the signal reach Python itself. When one has ended, the others have two minutes.
+srun --kill-on-bad-exit=0 --wait=120 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
   exec python -m llm_course.cli pretrain --out "$@"' llm_course "$OUT" "$@"
 status=$?

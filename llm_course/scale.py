@@ -24,7 +24,7 @@ from .model import ModelConfig, Transformer
 from .packing import packed_loss
 from .step import TrainConfig, make_optimizer
 
-# %% ../nbs/05a_scale.ipynb #5cfd3aaf
+# %% ../nbs/05a_scale.ipynb #379fc3b3
 @dataclass
 class Memory:
     "Bytes on one device at the peak of a training step, by part."
@@ -51,7 +51,7 @@ def check_mode(mode: str) -> str:
         raise UserError(f"mode={mode!r} is unknown; choose one of {', '.join(SHARDED)}")
     return mode.lower()
 
-# %% ../nbs/05a_scale.ipynb #902bf26b
+# %% ../nbs/05a_scale.ipynb #67d41993
 def _buffers(c: ModelConfig, mode: str, bf16: bool) -> int:
     "Copies that a mode and a precision need beside the weights: buckets to send gradients in, fetched layers, weights in bf16."
     n = count_parameters(c)
@@ -76,7 +76,7 @@ def _loss_bytes(c: ModelConfig, tokens: int, bf16: bool, chunk: int) -> int:
     hidden, weight = 4 * tokens * c.dim, 4 * c.vocab_size * c.dim
     return hidden + max(min(chunk, tokens) * c.vocab_size * (14 if bf16 else 12) + weight + hidden, 2 * weight + 2 * hidden)
 
-# %% ../nbs/05a_scale.ipynb #849981c6
+# %% ../nbs/05a_scale.ipynb #9dc0e15f
 def estimate_memory(c: ModelConfig, batch: int, seq_len: int | None = None, mode: str = "single", processes: int = 1, bf16: bool = False,
                     recompute: bool = False, chunk: int = 0, masks: bool = True) -> Memory:
     """Memory of a training step with AdamW on one of `processes` devices; weights in float32, activations in bf16 or float32.
@@ -94,7 +94,7 @@ def estimate_memory(c: ModelConfig, batch: int, seq_len: int | None = None, mode
     activations = rest + c.n_layers * (input_ if recompute else layer) + max(0, moving - loss)
     return Memory(4 * n // share("weights"), 4 * n // share("gradients"), 8 * n // share("optimizer"), _buffers(c, mode, bf16), activations, loss)
 
-# %% ../nbs/05a_scale.ipynb #a0da0be5
+# %% ../nbs/05a_scale.ipynb #63d2759a
 def traffic(c: ModelConfig, mode: str, processes: int, micro_batches: int = 1, bf16: bool = False) -> dict[str, float]:
     """Bytes that each device sends in one optimizer step, by kind of message, with ring algorithms (Rajbhandari et al., 2020, section 7).
 
@@ -111,7 +111,7 @@ def traffic(c: ModelConfig, mode: str, processes: int, micro_batches: int = 1, b
         parts = {"sum gradients": 2 * 4 * n * part}
     return parts | {"total": sum(parts.values())}
 
-# %% ../nbs/05a_scale.ipynb #72d0fab7
+# %% ../nbs/05a_scale.ipynb #567fe819
 @dataclass(frozen=True)
 class Card:
     """What a device offers: `memory` in GiB, `bandwidth` of that memory and of the `link` to its neighbours (one direction) in GB/s, and the
@@ -156,14 +156,14 @@ def _main_memory() -> float:
     except (AttributeError, ValueError, OSError):      # not on Windows
         return 16.0
 
-# %% ../nbs/05a_scale.ipynb #c48c1e1c
+# %% ../nbs/05a_scale.ipynb #f5fa764f
 def training_seconds(c: ModelConfig, tokens: float, peak: float, devices: int = 1, mfu: float = 0.4, seq_len: int | None = None) -> float:
     "Seconds that training on so many tokens takes at a utilisation `mfu` of `devices` with `peak` operations a second each. Raises UserError for numbers of 0 or below."
     if not (peak > 0 and devices > 0 and 0 < mfu <= 1 and tokens > 0):
         raise UserError(f"tokens={tokens:g}, peak={peak:g}, devices={devices}, mfu={mfu:g}: all must be above 0, and mfu at most 1")
     return tokens * flops_per_token(c, seq_len) / (peak * devices * mfu)
 
-# %% ../nbs/05a_scale.ipynb #1ca97b07
+# %% ../nbs/05a_scale.ipynb #91519fb4
 def measured_rate(c: ModelConfig, rows: int = 1, seconds: float = 3.0) -> float:
     """Tokens a second that this computer's CPU trains of a model of this shape, from whole steps (forward, backward, AdamW) over some `seconds`;
     at least one step is made, after one that is not counted if that was quick."""
@@ -179,7 +179,7 @@ def measured_rate(c: ModelConfig, rows: int = 1, seconds: float = 3.0) -> float:
         times.append(time.perf_counter() - start)
     return rows * c.max_seq_len / statistics.median(times[1:] or times)
 
-# %% ../nbs/05a_scale.ipynb #637933c8
+# %% ../nbs/05a_scale.ipynb #85e1b3d9
 SLACK = 0.1     # of a device's memory: for the driver, the libraries, and the gaps between tensors
 
 
@@ -191,7 +191,7 @@ def split_batch(batch_size: int, micro_batch: int, devices: int) -> tuple[int, i
     rows = min(micro_batch or share, share)
     return rows, -(-share // rows)
 
-# %% ../nbs/05a_scale.ipynb #b45a404b
+# %% ../nbs/05a_scale.ipynb #6ff344e5
 def find_remedies(c: ModelConfig, usable: float, devices: int, mode: str, rows: int, bf16: bool, recompute: bool) -> list[str]:
     "What to change so that a step fits into `usable` bytes, the gentlest first; each with the gigabytes that it would need then."
     need = lambda rows, mode, recompute: estimate_memory(c, rows, None, mode, devices, bf16, recompute).total
@@ -211,7 +211,7 @@ def find_remedies(c: ModelConfig, usable: float, devices: int, mode: str, rows: 
     larger = [card.name for card in CARDS.values() if card.memory * (1 - SLACK) * 2**30 >= size]
     return [f"even with {together} it needs {size / 2**30:.1f} GiB on each device: take more devices" + (f", or one of {', '.join(larger)}" if larger else "") + ", or a smaller model"]
 
-# %% ../nbs/05a_scale.ipynb #e392d0b2
+# %% ../nbs/05a_scale.ipynb #9d04f3c6
 @dataclass
 class Plan:
     "What a pretraining run will need; memory in bytes, for one device."
@@ -245,7 +245,7 @@ class Plan:
         "Price of the devices' hours, if a price was given."
         return None if self.price is None else self.price * self.devices * self.seconds / 3600
 
-# %% ../nbs/05a_scale.ipynb #d9955440
+# %% ../nbs/05a_scale.ipynb #a14cb870
 def make_plan(settings: dict, gpu: str = "h200", devices: int = 1, mode: str = "", mfu: float = 0.4, price: float | None = None,
               rate: float | None = None) -> Plan:
     """The plan of a run's pretraining. `settings` as from `pipeline.resolve`; `mode` defaults to single or ddp; `rate` (tokens a second, of all
@@ -272,7 +272,7 @@ def make_plan(settings: dict, gpu: str = "h200", devices: int = 1, mode: str = "
     return Plan(settings.get("size", "run"), card, devices, mode, count_parameters(c)["total"], tokens, steps, rows, micro_batches, bf16, recompute, memory, usable,
                 traffic(c, mode, devices, micro_batches, bf16)["total"], seconds, seconds / steps, how, remedies, price)
 
-# %% ../nbs/05a_scale.ipynb #0c628610
+# %% ../nbs/05a_scale.ipynb #0de1498f
 def plan_text(p: Plan, disk: dict[str, float] | None = None) -> str:
     "A plan in words; `disk` names what will lie on the disk, in bytes."
     unit, size = ("GiB", 2**30) if p.memory.total > 2**30 else ("MiB", 2**20)
@@ -302,14 +302,14 @@ def duration(seconds: float) -> str:
             return f"{seconds / size:,.{1 if seconds / size < 100 else 0}f} {unit}"
     return f"{seconds:g} s"
 
-# %% ../nbs/05a_scale.ipynb #e6cba9c6
+# %% ../nbs/05a_scale.ipynb #b5ce4bca
 def disk_needs(settings: dict, parameters: int, tokens: int) -> dict[str, float]:
     "Bytes on the disk, by what lies there. Token numbers take 2 bytes below a vocabulary of 65,536, else 4; a checkpoint holds weights and two averages in float32."
     wide, s = 2 if settings["tokenizer"]["vocab_size"] <= 65_536 else 4, settings["data"]
     return {"for the corpus, at most": s["budget_bytes"], "for its token file, if all tokens are read once": wide * tokens,
             "for a checkpoint while training (two for a moment)": 12 * parameters, "for each finished model (base, sft, reward, ppo, dpo)": 4 * parameters}
 
-# %% ../nbs/05a_scale.ipynb #d974dfdc
+# %% ../nbs/05a_scale.ipynb #50c26d62
 def config_path(name: str) -> Path:
     "Path of a configuration that the course ships, e.g. `config_path('node_ddp.yaml')`. Raises UserError for another name."
     here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()

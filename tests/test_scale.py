@@ -66,7 +66,7 @@ def test_slurm_script(tmp_path, status):
     "A stand-in for Slurm: two machines, two tasks each. Every process learns who it is; one that stopped with a checkpoint is queued again."
     assert subprocess.run(["bash", "-n", CONFIGS / "slurm.sh"]).returncode == 0
     fakes = {"scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" >> "$LOG.scontrol"; fi',
-             "srun": 'shift; s=0; for i in 0 1 2 3; do SLURM_PROCID=$i SLURM_LOCALID=$((i % 2)) "$@" || s=$?; done; exit $s',
+             "srun": 'shift 2; s=0; for i in 0 1 2 3; do SLURM_PROCID=$i SLURM_LOCALID=$((i % 2)) "$@" || s=$?; done; exit $s',
              "python": f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $FSDP_VERSION $*" >> "$LOG"; exit {status}'}
     for name, body in fakes.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
