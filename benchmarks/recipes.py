@@ -52,12 +52,12 @@ def collate(rows):
     return {"ids": torch.stack(list(rows))}
 
 
-def one_run(config: ModelConfig, train, test, lr: float, seed: int) -> dict:
-    "Train one model over the rows once; its loss on the test rows and the largest loss of the last half of training (did it diverge?)."
+def one_run(config: ModelConfig, train, test, lr: float, seed: int, **settings) -> dict:
+    "Train one model over the rows once (`settings` of `TrainConfig`): its loss on the test rows."
     start = time.perf_counter()
     seed_all(seed)
     model = Transformer(config)
-    trainer = Trainer(model, loss_fn, train, TrainConfig(steps=len(train) // 16, batch_size=16, lr=lr, warmup=0.1, seed=seed, log_every=20), collate)
+    trainer = Trainer(model, loss_fn, train, TrainConfig(steps=len(train) // 16, batch_size=16, lr=lr, warmup=0.1, seed=seed, log_every=20, **settings), collate)
     trainer.fit()
     loss = mean_loss(model, loss_fn, test, collate, 32)
     return {"lr": lr, "seed": seed, "loss": round(loss, 4) if math.isfinite(loss) else None, "seconds": round(time.perf_counter() - start, 1)}

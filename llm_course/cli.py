@@ -78,6 +78,7 @@ def _stage_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--replace", action="store_true", help="use the data given instead of the course's own, not beside it")
     s.add_argument("--update", action="store_true", help="take over changed settings in an existing folder and repeat the stages that they touch")
     s.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    s.add_argument("--plot", action="store_true", help="draw the loss in the terminal while a stage trains, in place of samples")
 
 # %% ../nbs/10a_cli.ipynb #3eb73633
 def _engine_options(s: argparse.ArgumentParser) -> None:
@@ -169,7 +170,7 @@ def _chain(args: argparse.Namespace) -> None:
         print(json.dumps(settings or pipeline.open_run(out).settings, indent=1))
         return
     engine = Engine(args.engine, args.tasks, args.workers, args.partition, args.time, args.mem_gb, args.setup) if "engine" in args else Engine()
-    run = pipeline.open_run(out, settings, args.update, args.quiet)
+    run = pipeline.open_run(out, settings, args.update, args.quiet, args.plot)
     run.engine = engine
     stages = ([s.strip() for s in args.stages.split(",")] if args.stages else (*pipeline.STAGES, "report")) if args.command == "run" else [args.command]
     metrics = pipeline.run_stages(run, stages)

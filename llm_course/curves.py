@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PEAK_TFLOPS', 'BITS', 'smooth', 'RunLog', 'as_log', 'read_log', 'speeds', 'gpu_peak', 'mfu', 'measured_peak',
-           'device_peak', 'plot_run', 'LivePlot', 'braille', 'text_plot', 'TerminalPlot', 'run_peak', 'Progress',
-           'Follower', 'tag', 'TensorBoardLog', 'WandbLog', 'TrackioLog', 'plot_runs']
+           'device_peak', 'plot_run', 'LivePlot', 'braille', 'text_plot', 'TerminalPlot', 'live_plots', 'run_peak',
+           'Progress', 'Follower', 'tag', 'TensorBoardLog', 'WandbLog', 'TrackioLog', 'plot_runs']
 
 # %% ../nbs/05_curves.ipynb #0a22e5ef
 import base64
@@ -61,14 +61,19 @@ class RunLog:
         return self.columns.get(key, ([], []))
 
     def add(self, record: dict) -> None:
-        "Add the numbers of one record. A step that is not after the last one of its column replaces all from there on."
+        """Add the numbers of one record. A record of training (with a `loss`) whose step is not after the last one replaces all from there on: the
+        run went back. Another value for the same step, such as a second `val_loss`, replaces that value only."""
+        step = record["step"]
+        if (done := self["loss"][0]) and "loss" in record and done[-1] >= step:
+            self._go_back(step)
         for key, value in record.items():
             if key == "step" or not isinstance(value, (int, float)):
                 continue
             steps, values = self.columns.setdefault(key, ([], []))
-            if steps and steps[-1] >= record["step"]:
-                self._go_back(record["step"])
-            steps.append(record["step"])
+            while steps and steps[-1] >= step:
+                self.replaced += 1
+                steps.pop(), values.pop()
+            steps.append(step)
             values.append(float(value))
 
     def _go_back(self, step: int) -> None:
@@ -124,7 +129,7 @@ def speeds(log: RunLog) -> tuple[list[int], list[float]]:
     return [s for s, _ in found], [v for _, v in found]
 
 # %% ../nbs/05_curves.ipynb #3f2329fa
-PEAK_TFLOPS = {     # dense 16-bit matrix products a second, in 10^12, accumulated in float32: half of what data sheets print "with sparsity"
+PEAK_TFLOPS = {     # 10^12 operations a second in dense 16-bit matrix products, accumulated in float32: half of what data sheets print "with sparsity"
     "B300": 2250, "GB300": 2500, "B200": 2250, "GB200": 2500,                                       # NVIDIA HGX and NVL72 data sheets, 2024-25
     "H200": 989, "H200 NVL": 835, "GH200": 989, "H100": 989, "H100 NVL": 835, "H100 PCIe": 756, "H800": 989, "H20": 148,   # Hopper
     "A100": 312, "A800": 312, "A30": 165, "A40": 150, "A10": 125, "A10G": 70, "A6000": 155,         # Ampere
@@ -338,6 +343,11 @@ def _columns(stream) -> int:
         return os.get_terminal_size(stream.fileno()).columns - 1
     except (OSError, ValueError):      # no terminal behind it, or a size that nobody knows
         return 79
+
+# %% ../nbs/05_curves.ipynb #8cae52e3
+def live_plots(seconds: float = 2.0) -> list[Callback]:
+    "Callbacks that draw while a run trains: `LivePlot` in a notebook, else `TerminalPlot`, which is silent where there is no terminal."
+    return [LivePlot(seconds) if _in_notebook() else TerminalPlot(seconds=seconds)]
 
 # %% ../nbs/05_curves.ipynb #ce76a759
 def run_peak(trainer: Trainer) -> float | None:

@@ -6,8 +6,8 @@
 __all__ = ['LAPTOP', 'SMOKE', 'GPU', 'CLUSTER', 'FREE', 'SIZES', 'STAGES', 'SECTIONS', 'FORMAT', 'TRAINING', 'RESUMING',
            'REPAIR_STEPS', 'REMOVING_RULES', 'MODELS', 'RUNNERS', 'CURVES', 'merged', 'parse_setting', 'resolve',
            'train_config', 'Run', 'is_main', 'run_stage', 'write_world', 'injected_scores', 'make_corpus', 'prepare',
-           'make_tokenizer', 'Samples', 'run_pretrain', 'run_sft', 'run_reward', 'run_ppo', 'run_dpo', 'run_eval',
-           'environment', 'open_run', 'run_stages', 'run_chain', 'collect', 'report', 'run_record']
+           'make_tokenizer', 'run_pretrain', 'run_sft', 'run_reward', 'run_ppo', 'run_dpo', 'run_eval', 'environment',
+           'open_run', 'run_stages', 'run_chain', 'collect', 'report', 'run_record']
 
 # %% ../nbs/10_pipeline.ipynb #fd4e4239
 import copy
@@ -41,15 +41,15 @@ from .model import ModelConfig, Transformer
 from .packing import TokenRows, pack_examples
 from .ppo import PPOConfig, train_ppo
 from .preference import add_reference, train_preference
-from .pretrain import MaskedRows, bits_per_byte, fill_blanks, masked_accuracy, pretrain, tokenize_corpus
-from .report import read_log, write_report
+from .pretrain import MaskedRows, SampleTexts, bits_per_byte, fill_blanks, masked_accuracy, pretrain, tokenize_corpus
+from .report import write_report
 from .reward import RewardModel, as_gold, pair_correctness, pair_examples, train_reward
 from .tasks import word_tables
 from .sft import sft, sft_examples, wake_special_tokens
 from .tokenizer import Tokenizer, bytes_per_token, train_tokenizer
 from .checkpoint import checkpoints
 from .step import autocast_of
-from .curves import Progress
+from .curves import Progress, RunLog, TerminalPlot, live_plots, read_log
 from .trainer import Callback, TrainConfig, Trainer, make_accelerator, seed_all
 from .votes import filter_pairs
 from .world import baselines, grade, inject_mess, instruction_rows, make_tasks, make_village, preference_rows, python_code, python_docs, sample_tasks, village_documents
@@ -197,6 +197,7 @@ class Run:
     folder: Path
     settings: dict
     quiet: bool = False
+    plot: bool = False                                 # draw the curves of the training stages while they run
     engine: Engine = field(default_factory=Engine)     # where the corpus is prepared; it changes nothing in the result
 
     def path(self, stage: str) -> Path:
@@ -425,20 +426,16 @@ def _held_out(run: Run) -> dict[str, list[str]]:
     return out
 
 
-class Samples(Callback):
-    "Every fifth of the run, a line of what the model writes."
+def _callbacks(run: Run, stage: str, config: TrainConfig, tokenizer: Tokenizer, prompt: str, write: Callable | None = None) -> list[Callback]:
+    "Progress; every fifth of the run what the model makes of a prompt; and if it was asked for, curves, which in a terminal take the place of the samples."
+    def show(step: int, prompt: str, text: str) -> None:
+        from tqdm import tqdm
+        tqdm.write(f"  step {step}: {prompt} -> {text}"[:200].replace("\n", " / "))
 
-    def __init__(self, run: Run, write: Callable[[], str]):
-        self.run, self.write = run, write
-
-    def after_step(self, trainer: Trainer, record: dict) -> None:
-        if trainer.n_steps % max(1, trainer.config.steps // 5) == 0 and is_main() and not self.run.quiet:
-            from tqdm import tqdm
-            tqdm.write(f"  step {trainer.n_steps}: {self.write()}")
-
-
-def _callbacks(run: Run, stage: str, write: Callable[[], str]) -> list[Callback]:
-    return [Progress(stage, disable=run.quiet or None), Samples(run, write)]
+    progress, plots = [Progress(stage, disable=run.quiet or None)], live_plots() if run.plot else []
+    if run.quiet or any(isinstance(p, TerminalPlot) for p in plots):
+        return progress + plots
+    return [*progress, *plots, SampleTexts(tokenizer, [prompt], max(1, config.steps // 5), 40, show=show, write=write)]
 
 
 def _objective(settings: dict) -> str:
@@ -459,12 +456,12 @@ def _quality(run: Run, model: Transformer, tokenizer: Tokenizer, val: TokenRows 
     return {"bits_per_byte": {k: round(bits_per_byte(model, tokenizer, t), 4) for k, t in _held_out(run).items()}}
 
 
-def _base_writer(model: Transformer, tokenizer: Tokenizer, val: TokenRows | MaskedRows) -> Callable[[], str]:
-    "For the samples during training: the beginning of a story, or the blanks of a held-out line filled."
+def _base_prompt(model: Transformer, tokenizer: Tokenizer, val: TokenRows | MaskedRows) -> tuple[str, Callable | None]:
+    "For the samples during training: the beginning of a story to continue, or a held-out line with blanks to fill."
     if model.config.causal:
-        return lambda: sample_stories(model, tokenizer, 1)[0][:160].replace("\n", " / ")
+        return "One morning", None
     shown = tokenizer.decode(val[0]["input_ids"][1:33].tolist(), skip_special=False).split("<|endoftext|>")[0]
-    return lambda: f"{shown} -> {fill_blanks(model, tokenizer, shown)}".replace("\n", " / ")
+    return shown, lambda model, prompts: [fill_blanks(model, tokenizer, p) for p in prompts]
 
 
 def run_pretrain(run: Run, out: Path) -> dict:
@@ -482,7 +479,8 @@ def run_pretrain(run: Run, out: Path) -> dict:
     steps = s["pretrain"]["tokens"] // (s["pretrain"]["batch_size"] * seq_len)
     if not model.config.causal:
         rows, val = (_with_blanks(r, tokenizer, s) for r in (rows, val))
-    trainer = pretrain(model, rows, train_config(s, "pretrain", steps), out, val, max(1, steps // 5), _callbacks(run, "pretrain", _base_writer(model, tokenizer, val)))
+    config = train_config(s, "pretrain", steps)
+    trainer = pretrain(model, rows, config, out, val, max(1, steps // 5), _callbacks(run, "pretrain", config, tokenizer, *_base_prompt(model, tokenizer, val)))
     if not is_main():
         return {}
     save_model(model, out, tokenizer)
@@ -507,13 +505,11 @@ def _steps(n: int, c: dict) -> int:
     return max(1, round(n * c["epochs"] / c["batch_size"]))
 
 
-def _writer(model: Transformer, tokenizer: Tokenizer, prompt: str) -> Callable[[], str]:
-    return lambda: f"{prompt} -> " + ask(model, tokenizer, [[{"role": "user", "content": prompt}]], 40)[0].replace("\n", " / ")
-
-
-def _prompt_of(run: Run) -> str:
-    "A held-out question, for the samples during training."
-    return next(row["prompt"] for _, row in read_rows(run.path("prepare") / "tasks.jsonl"))
+def _chat_callbacks(run: Run, stage: str, config: TrainConfig, tokenizer: Tokenizer) -> list[Callback]:
+    "The same for a model that answers: a held-out question is asked."
+    prompt = next(row["prompt"] for _, row in read_rows(run.path("prepare") / "tasks.jsonl"))
+    answer = lambda model, prompts: ask(model, tokenizer, [[{"role": "user", "content": p}] for p in prompts], 40)
+    return _callbacks(run, stage, config, tokenizer, prompt, answer)
 
 
 def run_sft(run: Run, out: Path) -> dict:
@@ -527,8 +523,8 @@ def run_sft(run: Run, out: Path) -> dict:
         wake_special_tokens(model, tokenizer)
     val = examples[:max(1, min(200, len(examples) // 20))]
     rows = len(pack_examples(examples[len(val):], model.config.max_seq_len, tokenizer.pad_id))
-    steps = _steps(rows, s["sft"])
-    trainer = sft(model, examples[len(val):], train_config(s, "sft", steps), tokenizer, out, val, max(1, steps // 4), _callbacks(run, "sft", _writer(model, tokenizer, _prompt_of(run))))
+    config = train_config(s, "sft", _steps(rows, s["sft"]))
+    trainer = sft(model, examples[len(val):], config, tokenizer, out, val, max(1, config.steps // 4), _chat_callbacks(run, "sft", config, tokenizer))
     if is_main():
         save_model(model, out, tokenizer)
     return {"sft": report | {"val_loss": trainer.history[-1].get("val_loss"), "tokens": trainer.tokens}}
@@ -548,7 +544,8 @@ def run_reward(run: Run, out: Path) -> dict:
     examples, report = _pairs(run, tokenizer, body.config.max_seq_len)
     seed_all(s["seed"], 7)
     model = RewardModel(body)
-    train_reward(model, examples, train_config(s, "reward", _steps(len(examples), s["reward"])), tokenizer, out, [Progress("reward", disable=run.quiet or None)])
+    config, watching = train_config(s, "reward", _steps(len(examples), s["reward"])), [Progress("reward", disable=run.quiet or None), *(live_plots() if run.plot else [])]
+    train_reward(model, examples, config, tokenizer, out, watching)
     if not is_main():
         return {}
     model.save(out, tokenizer)
@@ -569,8 +566,8 @@ def run_ppo(run: Run, out: Path) -> dict:
         raise UserError(f"no prompt leaves room for an answer of {c['max_new_tokens']} tokens; set a smaller ppo.max_new_tokens or a larger model.max_seq_len")
     settings = PPOConfig(rollouts=c["rollouts"], epochs=c["epochs"], max_new_tokens=c["max_new_tokens"], kl_coef=c["kl_coef"], divide=c.get("divide", False))
     steps = c["updates"] * max(1, c["rollouts"] * c["epochs"] // c["batch_size"])
-    trainer, data = train_ppo(policy, RewardModel.load(run.path("reward")), prompts, tokenizer, train_config(s, "ppo", steps), settings, out,
-                              _callbacks(run, "ppo", _writer(policy, tokenizer, _prompt_of(run))))
+    config = train_config(s, "ppo", steps)
+    train_ppo(policy, RewardModel.load(run.path("reward")), prompts, tokenizer, config, settings, out, _chat_callbacks(run, "ppo", config, tokenizer))
     if is_main():
         save_model(policy, out, tokenizer)
     return {"ppo": {"updates": c["updates"], "prompts": len(prompts), "prompts_too_long": len(pairs) - len(prompts)}}
@@ -583,8 +580,7 @@ def run_dpo(run: Run, out: Path) -> dict:
     config = train_config(s, "dpo", _steps(len(examples), c))
     with autocast_of(config):     # the same arithmetic as in training: at the first step policy and reference must agree
         examples = add_reference(policy, examples, tokenizer.pad_id)
-    train_preference(policy, examples, config, tokenizer, out, _callbacks(run, "dpo", _writer(policy, tokenizer, _prompt_of(run))),
-                     kind=c["kind"], beta=c["beta"])
+    train_preference(policy, examples, config, tokenizer, out, _chat_callbacks(run, "dpo", config, tokenizer), kind=c["kind"], beta=c["beta"])
     if is_main():
         save_model(policy, out, tokenizer)
     return {"dpo": report}
@@ -660,7 +656,7 @@ def _differences(old: dict, new: dict, path: str = "") -> list[str]:
     return out
 
 
-def open_run(folder: str | Path, settings: dict | None = None, update: bool = False, quiet: bool = False) -> Run:
+def open_run(folder: str | Path, settings: dict | None = None, update: bool = False, quiet: bool = False, plot: bool = False) -> Run:
     """The run in a folder; with `settings` it is started, or continued if they are the same.
 
     Raises UserError for a folder without a run, a damaged `config.json`, and settings that differ from those of the folder, unless
@@ -678,13 +674,13 @@ def open_run(folder: str | Path, settings: dict | None = None, update: bool = Fa
     if old is None and folder.exists() and not folder.is_dir():
         raise DataError("is a file, not a folder", folder, remedy="Choose another folder with --out")
     if settings is None:
-        return Run(folder, old, quiet)
+        return Run(folder, old, quiet, plot)
     if old is not None and (differences := _differences(old, settings)) and not update:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise UserError(f"{folder} holds a run with other settings ({'; '.join(differences[:3])}{more}); choose another folder with --out, or add --update to repeat the stages that differ")
     if is_main():
         write_json(path, {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "settings": settings, "environment": environment()})
-    return Run(folder, settings, quiet)
+    return Run(folder, settings, quiet, plot)
 
 
 def run_stages(run: Run, stages: Sequence[str] = (*STAGES, "report")) -> dict:
@@ -703,9 +699,9 @@ def run_stages(run: Run, stages: Sequence[str] = (*STAGES, "report")) -> dict:
 
 
 def run_chain(size: str = "laptop", out: str | Path | None = None, changes: Sequence[str] = (), stages: Sequence[str] = (*STAGES, "report"),
-              update: bool = False, quiet: bool = False) -> dict:
+              update: bool = False, quiet: bool = False, plot: bool = False) -> dict:
     "The whole chain (or some `stages`) of a `size` with `key=value` changes, in `out` (`runs/<size>`); returns the metrics."
-    return run_stages(open_run(out or f"runs/{size}", resolve(size, changes), update, quiet), stages)
+    return run_stages(open_run(out or f"runs/{size}", resolve(size, changes), update, quiet, plot), stages)
 
 
 def collect(run: Run) -> dict:
@@ -732,11 +728,20 @@ def report(run: Run) -> dict:
 
 def run_record(run: Run) -> dict:
     "What is worth keeping of a run when its folder is gone: command, environment, settings, metrics and thinned curves, figures only."
-    thin = lambda rows: rows[::max(1, len(rows) // 100)]
-    curves = {s: thin([{k: round(v, 4) for k, v in r.items() if k in CURVES} for r in read_log(run.path(s))]) for s in TRAINING if run.done(s)}
+    curves = {s: _thin(read_log(run.path(s))) for s in TRAINING if run.done(s)}
     config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     return {"command": config["command"], "environment": config["environment"], "settings": {k: v for k, v in run.settings.items() if k != "data"} | {"data": {k: v for k, v in run.settings["data"].items() if k != "files"}},
             "metrics": collect(run), "curves": curves}
 
 
-CURVES = ("step", "loss", "val_loss", "score", "kl", "length", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+CURVES = ("loss", "val_loss", "score", "kl", "length", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+
+
+def _thin(log: RunLog, n: int = 100) -> list[dict]:
+    "About `n` records of each of a log's curves, those of one step together."
+    rows: dict[int, dict] = {}
+    for key in CURVES:
+        steps, values = log[key]
+        for i in range(0, len(steps), max(1, len(steps) // n)):
+            rows.setdefault(steps[i], {"step": steps[i]})[key] = round(values[i], 4)
+    return [rows[step] for step in sorted(rows)]

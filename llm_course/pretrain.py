@@ -122,26 +122,28 @@ def pretrain(model: Transformer, rows: Sequence, config: TrainConfig, folder: st
 
 # %% ../nbs/05_pretraining.ipynb #797c1d38
 class SampleTexts(Callback):
-    """Every `every` steps and at the end, a continuation of each prompt; kept in `texts` as (step, prompt, continuation).
+    """Every `every` steps and at the end, what the model makes of each prompt; kept in `texts` as (step, prompt, text).
 
-    `show` is called with each of them, for instance `print`. On the main process only; the run is not changed by it."""
+    `write(model, prompts)` returns the texts; without it each prompt is continued by `max_new_tokens` tokens. `show` is called with step,
+    prompt and text, for instance `print`. On the main process only; the run is not changed by it."""
 
-    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[str], every: int, max_new_tokens: int = 24, temperature: float = 0.7, show: Callable | None = None):
+    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[str], every: int, max_new_tokens: int = 24, temperature: float = 0.7,
+                 show: Callable | None = None, write: Callable[[Transformer, list[str]], list[str]] | None = None):
         self.tokenizer, self.prompts, self.every, self.max_new_tokens = tokenizer, list(prompts), every, max_new_tokens
-        self.sampling, self.show, self.texts = Sampling(temperature=temperature), show, []
+        self.sampling, self.show, self.write, self.texts = Sampling(temperature=temperature), show, write or self._continue, []
 
     def after_step(self, trainer: Trainer, record: dict) -> None:
         if trainer.accelerator.is_main_process and (trainer.n_steps % self.every == 0 or trainer.n_steps == trainer.config.steps):
-            for prompt, text in zip(self.prompts, self._write(trainer.model)):
+            for prompt, text in zip(self.prompts, self.write(trainer.model, self.prompts)):
                 self.texts.append((trainer.n_steps, prompt, text))
                 if self.show:
                     self.show(*self.texts[-1])
 
-    def _write(self, model: Transformer) -> list[str]:
+    def _continue(self, model: Transformer, prompts: list[str]) -> list[str]:
         t, was_training = self.tokenizer, model.training
         model.eval()
         draw = torch.Generator(device=model.embed_tokens.weight.device).manual_seed(0)
-        ids = generate(model, [[t.bos_id, *t.encode(p)] for p in self.prompts], self.max_new_tokens, t.bos_id, t.pad_id, self.sampling, draw)
+        ids = generate(model, [[t.bos_id, *t.encode(p)] for p in prompts], self.max_new_tokens, t.bos_id, t.pad_id, self.sampling, draw)
         model.train(was_training)
         return [t.decode(i) for i in ids]
 
@@ -181,7 +183,7 @@ def masked_accuracy(model: Transformer, rows: MaskedRows, batch_size: int = 32) 
 def bits_per_byte(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 32) -> float:
     """Mean bits that the model needs per UTF-8 byte of the texts, each read from its start token.
 
-    A text longer than the context is cut into pieces that each start anew: an upper bound of what a sliding window gives.
+    A text longer than the context is cut into pieces that each start anew: as a rule a little more than a sliding window gives.
     Raises UserError for an encoder, which sees the very token that it would have to predict."""
     if not model.config.causal:
         raise UserError("bits per byte need a causal model (causal=True); an encoder is measured by masked_accuracy")

@@ -26,7 +26,7 @@ def onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 # %% ../nbs/04_products.ipynb #8f993767
 @lru_cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies float32 faster than MKL on this processor: on AMD's with AVX-512, where MKL uses narrower instructions.
+    """Whether oneDNN multiplies float32 faster than MKL on this processor: on AMD's with AVX-512, where MKL was measured at half the speed.
 
     A rule and no measurement, so that the same machine always multiplies in the same way. False where PyTorch does not say what it runs on."""
     cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -102,7 +102,7 @@ class TrainConfig:
     """Settings of one training run.
 
     `batch_size` counts examples over all processes and all accumulated micro-batches; `micro_batch` 0 takes each process's
-    share at once. `warmup` and `decay` are fractions of `steps`. Raises UserError for numbers that make no sense."""
+    share at once. `warmup` is a fraction of `steps`, `decay` one of the steps after the warm-up. Raises UserError for numbers that make no sense."""
     steps: int
     batch_size: int = 32
     micro_batch: int = 0
@@ -110,7 +110,7 @@ class TrainConfig:
     min_lr: float = 0.1             # fraction of lr at the end
     warmup: float = 0.03
     schedule: str = "cosine"        # or wsd, constant
-    decay: float = 0.2              # last part of wsd
+    decay: float = 0.2              # last part of wsd: fraction of the steps after the warm-up
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -125,20 +125,23 @@ class TrainConfig:
     compile: bool = False           # compile the layers (compiled)
 
     def __post_init__(self):
-        for key in ("steps", "batch_size", "lr", "checkpoint_every", "log_every", "keep_checkpoints"):
-            if getattr(self, key) <= 0:
-                raise UserError(f"{key}={getattr(self, key)} must be greater than 0")
+        whole = {"steps": 1, "batch_size": 1, "micro_batch": 0, "seed": 0, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1}
+        for key, least in whole.items():
+            if (value := getattr(self, key)) != int(value) or value < least:
+                raise UserError(f"{key}={value} must be a whole number, {least} or more")
+        for key in ("lr", "eps", "clip"):
+            if not 0 < getattr(self, key) <= (math.inf if key == "clip" else 1e6):      # a clip of infinity means: only measure the norm
+                raise UserError(f"{key}={getattr(self, key)} must be a number greater than 0")
         for key in ("warmup", "min_lr", "decay"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{key}={getattr(self, key)} is a fraction; choose a number from 0 to 1")
-        if self.micro_batch < 0:
-            raise UserError(f"micro_batch={self.micro_batch} must be 0 (all at once) or more")
-        if self.schedule not in ("cosine", "wsd", "constant"):
-            raise UserError(f"schedule={self.schedule!r} is unknown; choose cosine, wsd or constant")
-        if self.precision not in ("no", "bf16", "auto"):
-            raise UserError(f"precision={self.precision!r} is unknown; choose no, bf16 or auto")
-        if self.optimizer not in ("adamw", "muon"):
-            raise UserError(f"optimizer={self.optimizer!r} is unknown; choose adamw or muon")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay={self.weight_decay} must be 0 or more")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"betas={self.betas}: two numbers are needed, from 0 to 1 (excluded)")
+        for key, known in {"schedule": ("cosine", "wsd", "constant"), "precision": ("no", "bf16", "auto"), "optimizer": ("adamw", "muon")}.items():
+            if getattr(self, key) not in known:
+                raise UserError(f"{key}={getattr(self, key)!r} is unknown; choose {', '.join(known[:-1])} or {known[-1]}")
 
 # %% ../nbs/05_step.ipynb #3dc9ecad
 def learning_rate(step: int, c: TrainConfig) -> float:
@@ -231,9 +234,11 @@ def _inner_matrices(model: nn.Module) -> list[nn.Parameter]:
 def make_optimizer(model: nn.Module, c: TrainConfig, groups: list[dict] | None = None) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, 2019) on `groups` (default: `decay_groups`), or Muon (Jordan et al., 2024) on the matrices inside
     the layers and AdamW on embeddings, output head, gains and biases. Muon's update is scaled to AdamW's size (Liu et al., 2025), so that
-    both take the same learning rate."""
+    both take the same learning rate. Raises UserError for groups of your own with Muon: they are AdamW's."""
     adamw = lambda groups: torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, eps=c.eps, fused=True)
-    if c.optimizer == "adamw" or groups:
+    if groups and c.optimizer == "muon":
+        raise UserError("optimizer='muon' sorts the parameters itself; with parameter groups of your own choose adamw")
+    if c.optimizer == "adamw":
         return adamw(groups or decay_groups(model, c))
     inner = {id(p) for p in _inner_matrices(model)}
     matrices = [p for p in model.parameters() if id(p) in inner]

@@ -1,0 +1,50 @@
+"""Cosine, warm-up-stable-decay and constant learning rate over the same tokens: held-out loss, for several seeds.
+
+The peak of each schedule is chosen from a grid on validation rows with a seed of its own; the figures are of other seeds, on test rows
+that nothing was chosen on. Seed s has the same weights at the start and the same order of data in all schedules, so that differences
+can be paired."""
+import json
+import math
+import statistics
+from pathlib import Path
+
+import torch
+
+from llm_course.counting import count_parameters
+from llm_course.recipes import paired_difference, recipe_config
+from record import arguments, save
+from recipes import make_rows, one_run
+
+SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}
+SCHEDULES = {"cosine": {"schedule": "cosine"}, "wsd": {"schedule": "wsd"}, "constant": {"schedule": "constant"}}
+
+if __name__ == "__main__":
+    args = arguments(__doc__, rows=4000, seeds=4, held_out=300, partial="schedules.partial.jsonl")
+    torch.set_num_threads(1)
+    train, val, test, vocab_size = make_rows(args.rows, args.held_out, 1024)
+    config, partial, done, table = recipe_config("modern (Llama)", vocab_size, **SHAPE), Path(args.partial), {}, {}
+    if partial.exists():      # go on where an earlier attempt stopped
+        done = {(r["schedule"], r["what"], r["lr"], r["seed"]): r for r in map(json.loads, partial.read_text().splitlines())}
+
+    def run(name: str, what: str, rows, lr: float, seed: int) -> dict:
+        if (name, what, lr, seed) not in done:
+            done[name, what, lr, seed] = r = {"schedule": name, "what": what} | one_run(config, train, rows, lr, seed, **SCHEDULES[name])
+            with partial.open("a") as f:
+                f.write(json.dumps(r) + "\n")
+            print(r, flush=True)
+        return done[name, what, lr, seed]
+
+    for name in SCHEDULES:
+        tried = [run(name, "val", val, lr, 100) for lr in (2e-3, 4e-3, 8e-3)]
+        best = min(tried, key=lambda r: r["loss"] or math.inf)["lr"]
+        losses = [run(name, "test", test, best, seed)["loss"] for seed in range(args.seeds)]
+        table[name] = SCHEDULES[name] | {"lr": best, "val_by_lr": {f"{r['lr']:g}": r["loss"] for r in tried}, "losses": losses,
+                                         "mean": round(statistics.mean(losses), 4), "sd": round(statistics.stdev(losses), 4)}
+        difference, half_width = paired_difference(losses, table["cosine"]["losses"])
+        table[name] |= {"difference": round(difference, 4), "half_width": round(half_width, 4)}
+        print(name, table[name], flush=True)
+    if args.save:
+        save("schedules", "Loss (nats a token) on held-out rows after the same tokens, by learning-rate schedule, each with the peak that was best for it; several seeds",
+             {"shape": SHAPE, "parameters": count_parameters(config)["total"], "vocab_size": vocab_size, "train_tokens": len(train) * 128, "test_tokens": len(test) * 128,
+              "steps": len(train) // 16, "table": table}, ("torch",))
+    partial.unlink()
