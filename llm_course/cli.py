@@ -58,7 +58,8 @@ HELP = {"run": "the whole chain, from raw documents to an aligned, evaluated cha
         "tokenizer": "train the tokenizer", "pretrain": "train the base model", "sft": "teach it to answer", "reward": "train the reward model",
         "ppo": "reinforcement learning against the reward model", "dpo": "learn from preferences directly", "eval": "ask all models the held-out questions",
         "report": "write metrics.json and report.html of what is finished", "chat": "talk to a model in the terminal",
-        "serve": "offer a model to other programs (OpenAI's API) and to the browser"}
+        "serve": "offer a model to other programs (OpenAI's API) and to the browser",
+        "plan": "memory, time and cost of a pretraining run before it starts"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,6 +113,19 @@ def _serve_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000; 0: any that is free)")
     s.add_argument("--quiet", action="store_true", help="no line for each answer")
 
+# %% ../nbs/10a_cli.ipynb #5f054551
+def _plan_options(s: argparse.ArgumentParser) -> None:
+    "What a plan is made of."
+    s.add_argument("--size", default="cluster", help="cluster (default), gpu, laptop or smoke")
+    s.add_argument("--set", dest="changes", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings, for instance model.dim=1024 pretrain.micro_batch=8")
+    s.add_argument("--tokens", type=float, metavar="N", help="tokens to read; short for --set pretrain.tokens=…")
+    s.add_argument("--gpu", default="h200", help="h200 (default), h100, a100, l40s, rtx4090, … or cpu, whose speed is measured")
+    s.add_argument("--n", type=int, default=1, help="how many of them (default: 1)")
+    s.add_argument("--mode", default="", help="ddp (default for several), fsdp, zero1, zero2 or zero3")
+    s.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="share of the peak that is reached (default: 0.4)")
+    s.add_argument("--rate", type=float, metavar="N", help="tokens a second of all devices together, where you have measured it, in place of --mfu")
+    s.add_argument("--price", type=float, metavar="P", help="what an hour of one device costs")
+
 # %% ../nbs/10a_cli.ipynb #c4ece049
 def parser() -> argparse.ArgumentParser:
     "The parser of the command `llm_course`."
@@ -127,6 +141,8 @@ def parser() -> argparse.ArgumentParser:
         elif name == "report":
             s.add_argument("out", help="folder of the run")
             s.add_argument("--record", metavar="FILE", help="also write the figures, without texts, into one JSON file")
+        elif name == "plan":
+            _plan_options(s)
         else:
             _stage_options(s)
         if name in ("run", "prepare"):
@@ -173,6 +189,20 @@ def _report(args: argparse.Namespace) -> None:
         write_json(args.record, pipeline.run_record(run))
 
 
+def _plan(args: argparse.Namespace) -> int:
+    "The command `plan`; the exit status is 1 for a run that does not fit."
+    from llm_course.pipeline import resolve
+    from llm_course.scale import disk_needs, make_plan, plan_text
+    if args.tokens is not None:
+        if not 1 <= args.tokens < 1e18:
+            raise UserError(f"--tokens {args.tokens:g} must be at least 1 and below 1e18")
+        args.changes = [*args.changes, f"pretrain.tokens={args.tokens:.0f}"]
+    settings = resolve(args.size, args.changes)
+    plan = make_plan(settings, args.gpu, args.n, args.mode, args.mfu, args.price, args.rate)
+    print(plan_text(plan, disk_needs(settings, plan.parameters, plan.tokens)))
+    return 0 if plan.fits else 1
+
+
 def _talk(args: argparse.Namespace) -> int:
     "The commands `chat` and `serve`; returns the exit status."
     for name in ("max_new_tokens", "context"):
@@ -195,8 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         talking = args.command in ("chat", "serve")
-        if talking:
-            return _talk(args)
+        if talking or args.command == "plan":
+            return _talk(args) if talking else _plan(args)
         _report(args) if args.command == "report" else _chain(args)
         return 0
     except UserError as e:

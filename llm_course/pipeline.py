@@ -64,10 +64,10 @@ LAPTOP = {
     "tokenizer": {"vocab_size": 2048, "sample_bytes": 6_000_000},
     "model": {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 0, "max_seq_len": 128, "rope_theta": 10_000.0},
     "pretrain": {"tokens": 10_500_000, "batch_size": 16, "micro_batch": 0, "lr": 4e-3, "optimizer": "muon", "warmup": 0.02, "weight_decay": 0.1, "precision": "auto",
-                 "objective": "clm", "mask_share": 0.15, "whole_words": False},
+                 "objective": "clm", "mask_share": 0.15, "whole_words": False, "recompute": False, "compile": False},
     "sft": {"epochs": 2.0, "batch_size": 8, "micro_batch": 0, "lr": 3e-4, "weight_decay": 0.01, "precision": "auto"},
     "reward": {"epochs": 1.0, "batch_size": 32, "micro_batch": 0, "lr": 5e-4, "weight_decay": 0.01, "precision": "auto"},
-    "ppo": {"updates": 30, "rollouts": 64, "epochs": 2, "batch_size": 32, "micro_batch": 0, "lr": 1e-4, "kl_coef": 0.2, "max_new_tokens": 40, "precision": "no"},
+    "ppo": {"updates": 30, "rollouts": 64, "epochs": 2, "batch_size": 32, "micro_batch": 0, "lr": 1e-4, "kl_coef": 0.2, "max_new_tokens": 40, "divide": False, "precision": "no"},
     "dpo": {"epochs": 0.5, "batch_size": 32, "micro_batch": 0, "lr": 1e-4, "beta": 0.3, "kind": "dpo", "precision": "auto"},
     "eval": {"max_new_tokens": 40, "preference_tasks": 400, "stories": 200},
 }
@@ -177,7 +177,7 @@ def _deep(change: dict, settings: dict) -> dict:
 # %% ../nbs/10_pipeline.ipynb #3b7ee8f3
 def train_config(settings: dict, stage: str, steps: int) -> TrainConfig:
     "The trainer's settings for a stage."
-    known = {k: v for k, v in settings[stage].items() if k in ("batch_size", "micro_batch", "lr", "warmup", "weight_decay", "precision", "optimizer")}
+    known = {k: v for k, v in settings[stage].items() if k in ("batch_size", "micro_batch", "lr", "warmup", "weight_decay", "precision", "optimizer", "recompute", "compile")}
     every = max(20, min(500, steps // 10))
     constant = {"weight_decay": 0.0, "warmup": 0.05} if stage in ("ppo", "dpo") else {}
     return TrainConfig(**{"steps": max(1, steps), "seed": settings["seed"], "checkpoint_every": every, "log_every": 10 if steps > 100 else 1} | constant | known)
@@ -241,6 +241,13 @@ def _wait_for_all() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         make_accelerator().wait_for_everyone()
 
+
+def _wait_for_main(run: Run, stage: str) -> bool:
+    "Wait for the folder of a stage in which only the main process works. It may take hours; a barrier between processes gives up after minutes."
+    while not run.done(stage):
+        time.sleep(0.5)
+    return True
+
 # %% ../nbs/10_pipeline.ipynb #c9a0fb25
 TRAINING = ("pretrain", "sft", "reward", "ppo", "dpo")     # these run on all processes
 RESUMING = ("prepare", *TRAINING)                          # these go on where they were stopped: from finished shards, from checkpoints
@@ -260,22 +267,25 @@ def run_stage(run: Run, stage: str) -> bool:
     final, key, start, metrics = run.path(stage), run.key(stage), time.perf_counter(), {}
     partial = final.with_name(f".{final.name}.partial")
     resumed = stage in RESUMING and _stored_key(partial) == key
+    if stage not in TRAINING and not is_main():
+        return _wait_for_main(run, stage)
+    meet = _wait_for_all if stage in TRAINING else lambda: None
     run.say(f"{stage}: " + ("going on where it was stopped" if resumed else "started"))
     if is_main() and not resumed:
         shutil.rmtree(partial, ignore_errors=True)
-    _wait_for_all()
+    meet()
     with new_folder(final, keep_partial=stage in RESUMING) if is_main() else nullcontext(partial) as out:
         if is_main():
             write_json(out / "stage.json", {"key": key, "stage": stage, "finished": False})
-        _wait_for_all()
+        meet()
         if is_main() or stage in TRAINING:
             metrics = _work(run, stage, out)
-        _wait_for_all()
+        meet()
         if is_main():
             discard(out / "checkpoints")     # a finished stage needs none
             write_json(out / "metrics.json", metrics)
             write_json(out / "stage.json", {"key": key, "stage": stage, "finished": True, "resumed": resumed, "seconds": round(time.perf_counter() - start, 2)})
-    _wait_for_all()
+    meet()
     run.say(f"{stage}: finished in {time.perf_counter() - start:.0f} s")
     return True
 
@@ -556,7 +566,7 @@ def run_ppo(run: Run, out: Path) -> dict:
     prompts = [p for p in (tokenizer.chat(pair["prompt"], add_generation_prompt=True)[0] for pair in pairs) if len(p) <= room]
     if not prompts:
         raise UserError(f"no prompt leaves room for an answer of {c['max_new_tokens']} tokens; set a smaller ppo.max_new_tokens or a larger model.max_seq_len")
-    settings = PPOConfig(rollouts=c["rollouts"], epochs=c["epochs"], max_new_tokens=c["max_new_tokens"], kl_coef=c["kl_coef"])
+    settings = PPOConfig(rollouts=c["rollouts"], epochs=c["epochs"], max_new_tokens=c["max_new_tokens"], kl_coef=c["kl_coef"], divide=c.get("divide", False))
     steps = c["updates"] * max(1, c["rollouts"] * c["epochs"] // c["batch_size"])
     config = train_config(s, "ppo", steps)
     trainer, _ = train_ppo(policy, RewardModel.load(run.path("reward")), prompts, tokenizer, config, settings, out, _chat_callbacks(run, "ppo", config, tokenizer))
@@ -568,7 +578,7 @@ def run_ppo(run: Run, out: Path) -> dict:
 
 def run_dpo(run: Run, out: Path) -> dict:
     "SFT model and pairs to a policy, by DPO or one of its family (`dpo.kind`)."
-    s, c, tokenizer, policy = run.settings, run.settings["dpo"], Tokenizer.load(run.path("tokenizer")), load_model(run.path("sft"))
+    s, c, tokenizer, policy = run.settings, run.settings["dpo"], Tokenizer.load(run.path("tokenizer")), load_model(run.path("sft")).to(_device())
     examples, report = _pairs(run, tokenizer, policy.config.max_seq_len)
     config = train_config(s, "dpo", _steps(len(examples), c))
     with autocast_of(config):     # the same arithmetic as in training: at the first step policy and reference must agree

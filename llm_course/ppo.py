@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -79,6 +80,8 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.value_body = policy, copy.deepcopy(reward_model.body)
         self.value_head = copy.deepcopy(reward_model.score)
+        if self.value_body.lm_head is not None:
+            self.value_body.lm_head.requires_grad_(False)      # never used: several processes would wait for its gradient
 
     def forward(self, ids: Tensor, targets: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         "Log-probabilities of `targets` and values, both `[N]`, at the kept positions of `ids` `[B, T]`."
@@ -91,7 +94,8 @@ class PPOConfig:
     """Settings of PPO beside those of the trainer.
 
     `rollouts` answers are made with the present policy, then used for `epochs` passes in batches of `TrainConfig.batch_size`.
-    `missing_end_penalty` is taken off the score of an answer that did not end by itself."""
+    `missing_end_penalty` is taken off the score of an answer that did not end by itself. With `divide` each process writes its own share
+    of the answers, and each prompt has a random seed of its own; without it all processes write the same answers."""
     rollouts: int = 64
     epochs: int = 2
     max_new_tokens: int = 40
@@ -104,6 +108,22 @@ class PPOConfig:
     gamma: float = 1.0
     lam: float = 0.95
     missing_end_penalty: float = 2.0
+    divide: bool = False
+
+# %% ../nbs/07a_ppo.ipynb #8c8c6739
+def _write_answers(policy: Transformer, prompts: Sequence[list[int]], tokenizer: Tokenizer, c: PPOConfig, seed: int) -> list[list[int]]:
+    "Sampled answers, the same list in every process; with `c.divide` each process has written a share of them."
+    write = lambda prompts, **kw: generate(policy, prompts, c.max_new_tokens, tokenizer.end_id, tokenizer.pad_id, Sampling(c.temperature), batch_size=max(1, len(prompts)), **kw)
+    if not c.divide:
+        return write(prompts, generator=torch.Generator(device=policy.embed_tokens.weight.device).manual_seed(seed))
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, n = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+    mine = range(rank, len(prompts), n)
+    parts = [write([prompts[i] for i in mine], seeds=[int(np.random.SeedSequence((seed, i)).generate_state(1)[0]) for i in mine])]
+    if several:
+        written, parts = parts[0], [None] * n
+        torch.distributed.all_gather_object(parts, written)
+    return [parts[i % n][i // n] for i in range(len(prompts))]
 
 # %% ../nbs/07a_ppo.ipynb #0d9f2ef8
 @torch.no_grad()
@@ -114,8 +134,7 @@ def make_rollouts(model: ActorCritic, reference: Transformer, score: Callable[[l
     `score(prompts, answers)` judges whole answers (token ids, with the end token where the answer ended)."""
     device = next(model.parameters()).device
     model.eval()
-    generator = torch.Generator(device=device).manual_seed(seed)
-    answers = generate(model.policy, prompts, c.max_new_tokens, tokenizer.end_id, tokenizer.pad_id, Sampling(c.temperature), generator, batch_size=len(prompts))
+    answers = _write_answers(model.policy, prompts, tokenizer, c, seed)
     room = model.policy.config.max_seq_len
     ended = [len(a) < c.max_new_tokens and len(p) + len(a) < room for p, a in zip(prompts, answers)]
     answers = [a + [tokenizer.end_id] * e for a, e in zip(answers, ended)]
@@ -210,5 +229,7 @@ def train_ppo(policy: Transformer, reward_model: RewardModel, prompts: Sequence[
     groups = decay_groups(model.policy, config) + [{"params": [*model.value_body.parameters(), *model.value_head.parameters()],
                                                    "weight_decay": 0.0, "lr_scale": c.value_lr_scale}]
     trainer = Trainer(model, lambda m, b: ppo_loss(m, b, c), data, config, stack_rows, folder, [data, *callbacks], groups)
+    for frozen in (reference, reward_model):
+        frozen.to(trainer.accelerator.device)
     trainer.fit()
     return trainer, data

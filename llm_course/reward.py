@@ -95,6 +95,8 @@ def train_reward(model: RewardModel, examples: Sequence[dict], config: TrainConf
     "Train a reward model on pair examples; returns the trainer. Raises UserError without pairs."
     if not examples:
         raise UserError("no preference pairs; give them with --data, or keep the source village")
+    if model.body.lm_head is not None:
+        model.body.lm_head.requires_grad_(False)      # a reward needs no logits: several processes would wait for a gradient that never comes
     trainer = Trainer(model, reward_loss, examples, config, lambda e: pair_batch(e, tokenizer.pad_id), folder, callbacks)
     trainer.fit()
     return trainer
