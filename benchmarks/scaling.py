@@ -23,18 +23,18 @@ from llm_course.mixing import mix
 from llm_course.model import Transformer
 from llm_course.packing import TokenRows, packed_loss, stack_rows
 from llm_course.pretrain import pretrain, tokenize_corpus
-from llm_course.reading import write_json, write_jsonl
+from llm_course.reading import UserError, write_json, write_jsonl
 from llm_course.scaling import Law, bootstrap, compute_optimal, fit_law, interval, isoflop_minima, knob, power_law, predict
 from llm_course.tokenizer import Tokenizer, train_tokenizer
 from llm_course.trainer import mean_loss, seed_all
 from llm_course.world import make_village, python_docs, village_documents
 
-CONTEXT, VOCAB, SEEDS = 128, 1024, 3
+CONTEXT, VOCAB, SEEDS, HELD_OUT = 128, 1024, 3, 200
 SHAPES = ((1, 32), (2, 24), (2, 32), (3, 32), (4, 32), (5, 32), (6, 32), (7, 32), (8, 32))     # layers, channels a layer
-FULL = {"bytes": {"village": 24_000_000, "docs": 12_000_000}, "levels": {1e11: 3, 3e11: 5, 1e12: 6, 3e12: 7}, "seeds_at": 3e11, "larger": 1e13,
-        "rates": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), "sweep": ((2, 32), (4, 32)), "min_steps": 200, "resamples": 500}
-QUICK = FULL | {"bytes": {"village": 1_500_000, "docs": 500_000}, "levels": {2e10: 4, 5e10: 4, 1.2e11: 4}, "seeds_at": 2e10, "larger": 3e11,
-                "rates": (4e-3, 8e-3, 1.6e-2), "sweep": ((2, 24),), "min_steps": 40, "resamples": 50}
+FULL = {"bytes": {"village": 24_000_000, "docs": 12_000_000}, "levels": {3e10: 3, 8e10: 4, 2e11: 5, 5e11: 4}, "seeds_at": 3e10, "larger": 1.25e12,
+        "rates": (1e-3, 2e-3, 4e-3, 8e-3), "sweep": {6e10: (2, 32), 1.8e11: (4, 32)}, "check": {2e11: ((2, 32),)}, "min_steps": 180, "max_tokens": 1_000_000, "resamples": 500}
+QUICK = FULL | {"bytes": {"village": 1_500_000, "docs": 500_000}, "levels": {1e10: 3, 2e10: 4, 4e10: 4}, "seeds_at": 0, "larger": 8e10,
+                "rates": (2e-3, 8e-3), "sweep": {2e10: (2, 24)}, "check": {}, "min_steps": 40, "max_tokens": 500_000, "resamples": 50}
 
 
 def make_corpus(folder: Path, sizes: dict[str, int]) -> dict:
@@ -71,9 +71,9 @@ def seen_share(train: list[str], held_out: list[str], n: int = 13) -> float:
     return round(len(seen) / max(1, len(wanted)), 4)
 
 
-def one_run(folder: Path, shape: tuple[int, int], level: float, lr: float = 0.0, seed: int = 0, n_tokens: int = 0) -> dict:
+def one_run(folder: Path, shape: tuple[int, int], level: float, lr: float = 0.0, seed: int = 0) -> dict:
     "Train one model on `level` operations, 6 N D; returns its row."
-    tokenizer, start = Tokenizer.load(folder / "tokenizer"), time.perf_counter()
+    tokenizer, start, cpu = Tokenizer.load(folder / "tokenizer"), time.perf_counter(), time.process_time()
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     plan = plan_of(shape, level, len(tokenizer), lr, seed)
     rows = TokenRows(folder / "train.bin", CONTEXT, tokenizer.bos_id)
@@ -81,14 +81,20 @@ def one_run(folder: Path, shape: tuple[int, int], level: float, lr: float = 0.0,
     seed_all(seed)
     model = Transformer(plan.model)
     trainer = pretrain(model, rows, plan.train)
-    held = {s: TokenRows(folder / f"{s}.bin", CONTEXT, tokenizer.bos_id) for s in ("village", "docs")}
+    held = {s: held_out_rows(folder / f"{s}.bin", tokenizer.bos_id) for s in ("village", "docs")}
     by_source = {s: mean_loss(model, packed_loss, h, stack_rows) for s, h in held.items()}
     shares = json.loads((folder / "corpus.json").read_text())["bytes"]
     c = count_parameters(plan.model)
     return {"depth": shape[0], "width": shape[1], "dim": plan.model.dim, "parameters": plan.parameters, "without_embedding": c["total"] - c["embedding"],
             "tokens": plan.tokens, "level": level, "flops": plan.flops, "lr": round(plan.train.lr, 6), "batch_rows": plan.train.batch_size, "steps": plan.train.steps, "seed": seed,
             "loss": round(sum(shares[s] * v for s, v in by_source.items()) / sum(shares.values()), 5), "by_source": {s: round(v, 5) for s, v in by_source.items()},
-            "train_loss": round(statistics.mean(r["loss"] for r in trainer.history[-10:]), 4), "began": began, "seconds": round(time.perf_counter() - start, 1)}
+            "train_loss": round(statistics.mean(r["loss"] for r in trainer.history[-10:]), 4), "began": began, "seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+
+
+def held_out_rows(path: Path, bos_id: int) -> list[dict]:
+    "At most `HELD_OUT` rows of a held-out file, evenly spread."
+    rows = TokenRows(path, CONTEXT, bos_id)
+    return [rows[i * len(rows) // HELD_OUT] for i in range(HELD_OUT)] if len(rows) > HELD_OUT else list(rows)
 
 
 def plan_of(shape: tuple[int, int], level: float, vocab_size: int, lr: float = 0.0, seed: int = 0):
@@ -98,8 +104,13 @@ def plan_of(shape: tuple[int, int], level: float, vocab_size: int, lr: float = 0
 
 def sizes_of(level: float, n: int, settings: dict, corpus: dict) -> list[tuple[int, int]]:
     "At most `n` shapes of a level: those that read no token twice and take enough steps, the smallest first."
-    plans = {s: plan_of(s, level, corpus["vocab_size"]) for s in SHAPES if level / 6 / 5e6 > CONTEXT * 20}
-    return [s for s, p in plans.items() if p.tokens <= corpus["tokens"] // CONTEXT * CONTEXT and p.train.steps >= settings["min_steps"]][:n]
+    plans, most = {}, corpus["tokens"] // CONTEXT * CONTEXT
+    for shape in SHAPES:
+        try:
+            plans[shape] = plan_of(shape, level, corpus["vocab_size"])
+        except UserError:       # hardly a step
+            continue
+    return [s for s, p in plans.items() if p.tokens <= most and p.train.steps >= settings["min_steps"]][:n]
 
 
 class Book:
@@ -121,16 +132,25 @@ class Book:
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         self.rows.append(row)
-        print({k: row[k] for k in ("kind", "depth", "width", "parameters", "tokens", "level", "lr", "steps", "seed", "loss", "seconds")}, flush=True)
+        print({k: row[k] for k in ("kind", "depth", "width", "parameters", "tokens", "level", "lr", "steps", "seed", "loss", "seconds", "cpu_seconds")}, flush=True)
         return row
 
 
 def grid(book: Book, settings: dict, corpus: dict) -> None:
     "All levels, the small ones first; at one level with further seeds."
     for level, n in settings["levels"].items():
-        for shape in sizes_of(level, n, settings, corpus):
+        for shape in sizes_of(level, n, settings, corpus | {"tokens": min(corpus["tokens"], settings["max_tokens"])}):
             for seed in range(SEEDS if level == settings["seeds_at"] else 1):
                 book.run("grid", shape, level, seed=seed)
+
+
+def check_rates(book: Book, settings: dict, corpus: dict) -> None:
+    "Was the rule for the learning rate right at a level where it was not chosen? Half and twice of what it says."
+    for level, shapes in settings["check"].items():
+        for shape in shapes:
+            rate = plan_of(shape, level, corpus["vocab_size"]).train.lr
+            for factor in (0.5, 2):
+                book.run("check", shape, level, rate * factor)
 
 
 def told(runs: list[dict], settings: dict, size: str = "parameters") -> tuple[Law, list[Law]]:
@@ -165,15 +185,16 @@ if __name__ == "__main__":
     print(corpus, flush=True)
     book = Book(folder)
     if args.stage in ("all", "sweep"):
-        for shape in settings["sweep"]:
+        for level, shape in settings["sweep"].items():
             for lr in settings["rates"]:
-                book.run("sweep", shape, settings["seeds_at"], lr)
+                book.run("sweep", shape, level, lr)
     if args.stage in ("all", "grid"):
         grid(book, settings, corpus)
     if args.stage in ("all", "larger"):
         outcome = larger(book, settings, corpus)
+        check_rates(book, settings, corpus)
         keep = lambda rows: [{k: v for k, v in r.items() if k not in ("began", "asked_lr", "kind")} for r in rows]
-        figures = {"corpus": corpus, "context": CONTEXT, "settings": {k: v for k, v in settings.items() if k in ("seeds_at", "larger", "min_steps", "resamples")},
+        figures = {"corpus": corpus, "context": CONTEXT, "held_out_rows": HELD_OUT, "settings": {k: v for k, v in settings.items() if k in ("seeds_at", "larger", "min_steps", "resamples")},
                    "sweep": keep(book.of("sweep")), "check": keep(book.of("check")), "runs": keep(book.of("grid")), **outcome, "seconds": round(sum(r["seconds"] for r in book.rows))}
         print(json.dumps(outcome, indent=1))
         if args.save:
