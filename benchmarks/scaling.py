@@ -29,12 +29,12 @@ from llm_course.tokenizer import Tokenizer, train_tokenizer
 from llm_course.trainer import mean_loss, seed_all
 from llm_course.world import make_village, python_docs, village_documents
 
-CONTEXT, VOCAB, SEEDS, HELD_OUT = 128, 1024, 3, 200
-SHAPES = ((1, 32), (2, 24), (2, 32), (3, 32), (4, 32), (5, 32), (6, 32), (7, 32), (8, 32))     # layers, channels a layer
-FULL = {"bytes": {"village": 24_000_000, "docs": 12_000_000}, "levels": {3e10: 3, 8e10: 4, 2e11: 5, 5e11: 4}, "seeds_at": 3e10, "larger": 1.25e12,
-        "rates": (1e-3, 2e-3, 4e-3, 8e-3), "sweep": {6e10: (2, 32), 1.8e11: (4, 32)}, "check": {2e11: ((2, 32),)}, "min_steps": 180, "max_tokens": 1_000_000, "resamples": 500}
-QUICK = FULL | {"bytes": {"village": 1_500_000, "docs": 500_000}, "levels": {1e10: 3, 2e10: 4, 4e10: 4}, "seeds_at": 0, "larger": 8e10,
-                "rates": (2e-3, 8e-3), "sweep": {2e10: (2, 24)}, "check": {}, "min_steps": 40, "max_tokens": 500_000, "resamples": 50}
+CONTEXT, VOCAB, SEEDS, HELD_OUT = 128, 1024, 2, 200
+SHAPES = ((1, 16), (1, 24), (1, 32), (2, 24), (2, 32), (3, 32), (4, 32), (5, 32), (6, 32))     # layers, channels a layer
+FULL = {"bytes": {"village": 24_000_000, "docs": 12_000_000}, "levels": {3e10: SHAPES[:5], 8e10: SHAPES[:6], 2e11: SHAPES[1:7], 5e11: SHAPES[2:7]}, "seeds_at": 3e10, "larger": 1.25e12,
+        "rates": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "sweep": {3e10: (1, 32), 8e10: (2, 32)}, "check": {2e11: ((2, 32),)}, "min_steps": 180, "resamples": 500}
+QUICK = FULL | {"bytes": {"village": 1_500_000, "docs": 500_000}, "levels": {1e10: SHAPES[:4], 2e10: SHAPES[:4], 4e10: SHAPES[1:5]}, "seeds_at": 0, "larger": 8e10,
+                "rates": (2e-3, 8e-3), "sweep": {2e10: (2, 24)}, "check": {}, "min_steps": 40, "resamples": 50}
 
 
 def make_corpus(folder: Path, sizes: dict[str, int]) -> dict:
@@ -102,15 +102,15 @@ def plan_of(shape: tuple[int, int], level: float, vocab_size: int, lr: float = 0
     return knob(shape[0], vocab_size, shape[1], CONTEXT, batch_factor=1.0, tokens=round(level / 6 / n), lr=lr, seed=seed)
 
 
-def sizes_of(level: float, n: int, settings: dict, corpus: dict) -> list[tuple[int, int]]:
-    "At most `n` shapes of a level: those that read no token twice and take enough steps, the smallest first."
+def able(level: float, settings: dict, corpus: dict, shapes: tuple) -> list[tuple[int, int]]:
+    "Those of the shapes that read no token twice on a level and take enough steps."
     plans, most = {}, corpus["tokens"] // CONTEXT * CONTEXT
-    for shape in SHAPES:
+    for shape in shapes:
         try:
             plans[shape] = plan_of(shape, level, corpus["vocab_size"])
         except UserError:       # hardly a step
             continue
-    return [s for s, p in plans.items() if p.tokens <= most and p.train.steps >= settings["min_steps"]][:n]
+    return [s for s, p in plans.items() if p.tokens <= most and p.train.steps >= settings["min_steps"]]
 
 
 class Book:
@@ -138,8 +138,8 @@ class Book:
 
 def grid(book: Book, settings: dict, corpus: dict) -> None:
     "All levels, the small ones first; at one level with further seeds."
-    for level, n in settings["levels"].items():
-        for shape in sizes_of(level, n, settings, corpus | {"tokens": min(corpus["tokens"], settings["max_tokens"])}):
+    for level, shapes in settings["levels"].items():
+        for shape in able(level, settings, corpus, shapes):
             for seed in range(SEEDS if level == settings["seeds_at"] else 1):
                 book.run("grid", shape, level, seed=seed)
 
@@ -164,8 +164,7 @@ def larger(book: Book, settings: dict, corpus: dict) -> dict:
         assert not book.of("larger"), "the larger run was made before it was predicted"
         law, resampled = told(runs, settings)
         best = compute_optimal(law, level)[0]
-        able = [s for s in sizes_of(level, len(SHAPES), settings, corpus)]
-        shape = min(able, key=lambda s: abs(plan_of(s, level, corpus["vocab_size"]).parameters / best - 1))
+        shape = min(able(level, settings, corpus, SHAPES), key=lambda s: abs(plan_of(s, level, corpus["vocab_size"]).parameters / best - 1))
         plan = plan_of(shape, level, corpus["vocab_size"])
         plain = power_law([m["level"] for m in isoflop_minima(runs)], [m["loss"] for m in isoflop_minima(runs)])
         write_json(path, {"written": datetime.now(timezone.utc).isoformat(timespec="seconds"), "level": level, "optimal_parameters": best, "depth": shape[0], "width": shape[1],
@@ -185,8 +184,8 @@ if __name__ == "__main__":
     print(corpus, flush=True)
     book = Book(folder)
     if args.stage in ("all", "sweep"):
-        for level, shape in settings["sweep"].items():
-            for lr in settings["rates"]:
+        for lr in settings["rates"]:
+            for level, shape in settings["sweep"].items():
                 book.run("sweep", shape, level, lr)
     if args.stage in ("all", "grid"):
         grid(book, settings, corpus)
