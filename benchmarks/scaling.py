@@ -24,17 +24,29 @@ from llm_course.model import Transformer
 from llm_course.packing import TokenRows, packed_loss, stack_rows
 from llm_course.pretrain import pretrain, tokenize_corpus
 from llm_course.reading import UserError, write_json, write_jsonl
-from llm_course.scaling import Law, bootstrap, compute_optimal, fit_law, interval, isoflop_minima, knob, power_law, predict
+from llm_course.scaling import Law, Plan, bootstrap, compute_optimal, fit_law, interval, isoflop_minima, knob, power_law, predict
 from llm_course.tokenizer import Tokenizer, train_tokenizer
 from llm_course.trainer import mean_loss, seed_all
 from llm_course.world import make_village, python_docs, village_documents
 
 CONTEXT, VOCAB, SEEDS, HELD_OUT = 128, 1024, 2, 200
 SHAPES = ((1, 16), (1, 24), (1, 32), (2, 24), (2, 32), (3, 32), (4, 32), (5, 32), (6, 32))     # layers, channels a layer
-FULL = {"bytes": {"village": 24_000_000, "docs": 12_000_000}, "levels": {3e10: SHAPES[:5], 8e10: SHAPES[:6], 2e11: SHAPES[1:7], 5e11: SHAPES[2:7]}, "seeds_at": 3e10, "larger": 1.25e12,
-        "rates": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "sweep": {3e10: (1, 32), 8e10: (2, 32)}, "check": {2e11: ((2, 32),)}, "min_steps": 180, "resamples": 500}
+FULL = {"bytes": {"village": 24_000_000, "docs": 12_000_000}, "levels": {1.5e10: SHAPES[:4], 3e10: SHAPES[:5], 8e10: SHAPES[:6], 2e11: SHAPES[1:7]}, "seeds_at": 3e10, "larger": 5e11,
+        "rates": (8e-3, 1.6e-2, 3.2e-2), "sweep": {3e10: (1, 32), 8e10: (2, 32)}, "check": {8e10: ((2, 24),)}, "min_steps": 180, "resamples": 500}
 QUICK = FULL | {"bytes": {"village": 1_500_000, "docs": 500_000}, "levels": {1e10: SHAPES[:4], 2e10: SHAPES[:4], 4e10: SHAPES[1:5]}, "seeds_at": 0, "larger": 8e10,
                 "rates": (2e-3, 8e-3), "sweep": {2e10: (2, 24)}, "check": {}, "min_steps": 40, "resamples": 50}
+
+
+def orthogonal(grad: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
+    """Muon's Newton-Schulz rounds in float32. PyTorch's own run in bf16, which a CPU without bf16 in hardware has to emulate: for matrices as
+    small as these they would take several times as long as the rest of the step."""
+    a, b, c = coefficients
+    x = grad.T if len(grad) > grad.shape[1] else grad
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if len(grad) > grad.shape[1] else x
 
 
 def make_corpus(folder: Path, sizes: dict[str, int]) -> dict:
@@ -71,11 +83,12 @@ def seen_share(train: list[str], held_out: list[str], n: int = 13) -> float:
     return round(len(seen) / max(1, len(wanted)), 4)
 
 
-def one_run(folder: Path, shape: tuple[int, int], level: float, lr: float = 0.0, seed: int = 0) -> dict:
+def one_run(folder: Path, shape: tuple[int, int], level: float, lr: float = 0.0, seed: int = 0, optimizer: str = "muon") -> dict:
     "Train one model on `level` operations, 6 N D; returns its row."
+    torch.optim._muon._zeropower_via_newtonschulz = orthogonal
     tokenizer, start, cpu = Tokenizer.load(folder / "tokenizer"), time.perf_counter(), time.process_time()
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    plan = plan_of(shape, level, len(tokenizer), lr, seed)
+    plan = plan_of(shape, level, len(tokenizer), lr, seed, optimizer)
     rows = TokenRows(folder / "train.bin", CONTEXT, tokenizer.bos_id)
     assert plan.tokens <= len(rows) * CONTEXT, f"{plan.tokens} tokens are more than the corpus has: text would be read twice"
     seed_all(seed)
@@ -97,9 +110,10 @@ def held_out_rows(path: Path, bos_id: int) -> list[dict]:
     return [rows[i * len(rows) // HELD_OUT] for i in range(HELD_OUT)] if len(rows) > HELD_OUT else list(rows)
 
 
-def plan_of(shape: tuple[int, int], level: float, vocab_size: int, lr: float = 0.0, seed: int = 0):
+def plan_of(shape: tuple[int, int], level: float, vocab_size: int, lr: float = 0.0, seed: int = 0, optimizer: str = "muon") -> Plan:
+    "The knob on a level: as many tokens as its operations pay for."
     n = knob(shape[0], vocab_size, shape[1], CONTEXT, batch_factor=1.0).parameters
-    return knob(shape[0], vocab_size, shape[1], CONTEXT, batch_factor=1.0, tokens=round(level / 6 / n), lr=lr, seed=seed)
+    return knob(shape[0], vocab_size, shape[1], CONTEXT, batch_factor=1.0, tokens=round(level / 6 / n), lr=lr, optimizer=optimizer, seed=seed)
 
 
 def able(level: float, settings: dict, corpus: dict, shapes: tuple) -> list[tuple[int, int]]:
@@ -128,7 +142,7 @@ class Book:
         for r in self.rows:
             if (r["kind"], r["depth"], r["width"], r["level"], r["seed"], r["asked_lr"]) == key:
                 return r
-        row = {"kind": kind, "asked_lr": lr} | one_run(self.folder, shape, level, lr, seed)
+        row = {"kind": kind, "asked_lr": lr} | one_run(self.folder, shape, level, lr, seed, "adamw" if kind == "adamw" else "muon")
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         self.rows.append(row)
