@@ -141,6 +141,33 @@ def test_a_benchmark_run_is_what_its_row_says(tmp_path, monkeypatch):
     assert len(TokenRows(tmp_path / "train.bin", 128, tokenizer.bos_id)) == 30_000 // 128
 
 
+def test_the_benchmark_predicts_before_it_trains(tmp_path, monkeypatch):
+    "The order of the whole program, with a law in place of training: levels, then the prediction in a file, then the larger run, and nothing twice."
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import scaling
+    law, made, corpus = Law(1.0, 300, 900, 0.4, 0.45), [], {"vocab_size": 1024, "tokens": 10_000_000}
+
+    def one_run(folder, shape, level, lr=0.0, seed=0, optimizer="muon"):
+        plan, file = scaling.plan_of(shape, level, 1024, lr, seed), folder / "prediction.json"
+        made.append((shape, level, file.exists()))
+        row = {"depth": shape[0], "width": shape[1], "parameters": plan.parameters, "tokens": plan.tokens, "level": level, "lr": plan.train.lr, "steps": plan.train.steps, "seed": seed,
+               "loss": law.loss(plan.parameters, plan.tokens), "seconds": 0.0, "cpu_seconds": 0.0}
+        return row
+
+    monkeypatch.setattr(scaling, "one_run", one_run)
+    settings = scaling.FULL | {"resamples": 20}
+    book = scaling.Book(tmp_path)
+    scaling.grid(book, settings, corpus)
+    assert not any(told for *_, told in made) and len(made) == len(set(made)) + len(settings["seeds_of"])
+    found = scaling.larger(book, settings, corpus)
+    assert made[-1][2] and made[-1][1] == settings["larger"]
+    assert found["prediction"]["loss"] == pytest.approx(found["outcome"]["loss"], rel=2e-3)
+    n = len(made)
+    again = scaling.Book(tmp_path)
+    scaling.grid(again, settings, corpus)
+    assert scaling.larger(again, settings, corpus) == found and len(made) == n
+
+
 def test_the_record_was_predicted_before_it_was_measured():
     figures = json.loads((ROOT / "data" / "runs" / "scaling.json").read_text())["figures"]
     told, outcome, runs = figures["prediction"], figures["outcome"], figures["runs"]
