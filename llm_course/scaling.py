@@ -6,7 +6,7 @@
 __all__ = ['LR_AT_64', 'LR_POWER', 'power_law', 'Plan', 'knob', 'Law', 'compute_optimal', 'fit_law', 'bootstrap', 'interval',
            'isoflop_minima', 'predict']
 
-# %% ../nbs/05b_scaling.ipynb #c66c3e8a
+# %% ../nbs/05b_scaling.ipynb #8c5d322c
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .counting import count_parameters, flops_per_token
 from .model import ModelConfig
 from .step import TrainConfig
 
-# %% ../nbs/05b_scaling.ipynb #3a40d7cc
+# %% ../nbs/05b_scaling.ipynb #5e722921
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     "Factor c and exponent p of y = c x^p, by least squares on the logarithms. Raises UserError for fewer than two points or numbers not above 0."
     x, y = np.asarray(x, float), np.asarray(y, float)
@@ -29,7 +29,7 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     p, log_c = np.polyfit(np.log(x), np.log(y), 1)
     return float(np.exp(log_c)), float(p)
 
-# %% ../nbs/05b_scaling.ipynb #c359b402
+# %% ../nbs/05b_scaling.ipynb #7aae76b8
 LR_AT_64, LR_POWER = 1.6e-2, 1.0     # learning rate at width 64, and how it falls with the width
 
 
@@ -46,7 +46,7 @@ class Plan:
         "Operations of the whole run, with attention (see `counting.flops_per_token`)."
         return float(flops_per_token(self.model)) * self.tokens
 
-# %% ../nbs/05b_scaling.ipynb #b19c48d2
+# %% ../nbs/05b_scaling.ipynb #203d7a28
 def knob(depth: int, vocab_size: int = 32_768, width: int = 64, context: int = 1024, tokens_per_parameter: float = 20.0,
          batch_factor: float = 4.0, tokens: int = 0, lr: float = 0.0, optimizer: str = "muon", seed: int = 0) -> Plan:
     """Model and training settings from one number, the depth.
@@ -73,7 +73,7 @@ def knob(depth: int, vocab_size: int = 32_768, width: int = 64, context: int = 1
                         betas=(0.9, beta2), optimizer=optimizer, seed=seed, log_every=max(1, steps // 100))
     return Plan(model, train, n, steps * rows * context)
 
-# %% ../nbs/05b_scaling.ipynb #8728a948
+# %% ../nbs/05b_scaling.ipynb #6fe8dd94
 @dataclass
 class Law:
     "Loss in nats a token of `N` parameters after `D` tokens: E + A / N^alpha + B / D^beta (Hoffmann et al., 2022)."
@@ -87,7 +87,7 @@ class Law:
         "The loss that the law tells, of a size and a budget or of arrays of them."
         return self.E + self.A / np.power(N, self.alpha) + self.B / np.power(D, self.beta)
 
-# %% ../nbs/05b_scaling.ipynb #55b168ad
+# %% ../nbs/05b_scaling.ipynb #adc7f171
 def compute_optimal(law: Law, flops: float) -> tuple[float, float]:
     """Parameters and tokens with the lowest loss for `flops` = 6 N D operations (Hoffmann et al., 2022, equation 4).
 
@@ -98,7 +98,7 @@ def compute_optimal(law: Law, flops: float) -> tuple[float, float]:
     N = G * (flops / 6) ** (law.beta / (law.alpha + law.beta))
     return N, flops / 6 / N
 
-# %% ../nbs/05b_scaling.ipynb #868cbfc1
+# %% ../nbs/05b_scaling.ipynb #55386092
 def _logs(theta: np.ndarray, ln_n: np.ndarray, ln_d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Logarithm of the law `[S, n]` for S settings (ln E, ln A, ln B, alpha, beta), and its derivatives `[S, n, 5]`."
     e, a, b, alpha, beta = (t[:, None] for t in theta.T)
@@ -138,7 +138,7 @@ def _descend(theta: np.ndarray, runs: tuple, counts: np.ndarray, delta: float, r
             break
     return theta, best
 
-# %% ../nbs/05b_scaling.ipynb #0ff3db0b
+# %% ../nbs/05b_scaling.ipynb #b00d3ba8
 def _columns(runs: Sequence[dict], size: str) -> tuple[np.ndarray, ...]:
     "Parameters, tokens and loss of runs, checked."
     try:
@@ -172,7 +172,7 @@ def fit_law(runs: Sequence[dict], size: str = "parameters", delta: float = 1e-3)
     for too few runs, sizes or budgets."""
     return _fits(runs, size, delta)[0]
 
-# %% ../nbs/05b_scaling.ipynb #44e6f0a8
+# %% ../nbs/05b_scaling.ipynb #e7727bcd
 def _fits(runs: Sequence[dict], size: str, delta: float, times: int = 0, seed: int = 0) -> list[Law]:
     "The law of the runs, then those of `times` resamples of them."
     N, D, L = _columns(runs, size)
@@ -207,7 +207,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     low, high = np.quantile(np.asarray(values, float), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-# %% ../nbs/05b_scaling.ipynb #dc339b0c
+# %% ../nbs/05b_scaling.ipynb #56baad60
 def isoflop_minima(runs: Sequence[dict], size: str = "parameters") -> list[dict]:
     """For each `level` (operations) of the runs the vertex of the parabola through loss over the logarithm of size.
 
@@ -228,7 +228,7 @@ def isoflop_minima(runs: Sequence[dict], size: str = "parameters") -> list[dict]
         raise UserError("no level has runs of four sizes; a parabola through three points proves nothing")
     return found
 
-# %% ../nbs/05b_scaling.ipynb #fed43bc8
+# %% ../nbs/05b_scaling.ipynb #973b7539
 def predict(law: Law, resampled: Sequence[Law], runs: Sequence[dict], N: float, D: float, size: str = "parameters", seed: int = 0) -> dict[str, float]:
     """The loss of a run not yet made: `{"loss", "low", "high"}`, an interval of 95 %.
 
