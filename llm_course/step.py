@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['linear_cross_entropy', 'chunked_loss', 'TrainConfig', 'learning_rate', 'PlainAdamW', 'clip_gradients', 'decay_groups',
-           'Together', 'make_optimizer', 'bf16_in_hardware', 'autocast_of', 'recompute_activations', 'compiled']
+           'Together', 'bf16_in_hardware', 'Float32Muon', 'make_optimizer', 'autocast_of', 'recompute_activations',
+           'compiled']
 
 # %% ../nbs/05_step.ipynb #ec3a7910
 import math
@@ -222,6 +223,46 @@ class Together(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._link()
 
+# %% ../nbs/05_step.ipynb #e64e90d0
+def bf16_in_hardware() -> bool:
+    "Does the device that will be used compute in bf16 by itself? On a CPU without it bf16 is slower than float32."
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+
+# %% ../nbs/05_step.ipynb #c6c8ac81
+#| code-fold: true
+#| code-summary: "Muon in float32"
+class Float32Muon(torch.optim.Muon):
+    """`torch.optim.Muon` (with Nesterov's momentum and `match_rms_adamw`) that computes in float32, for processors without bf16.
+
+    The same settings and the same state as PyTorch's; a checkpoint of one can be read by the other."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        "One step for all parameters that have a gradient."
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum_buffer"], group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(_orthogonal(update, group), alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
+def _orthogonal(x: Tensor, group: dict) -> Tensor:
+    "Nearly the orthogonal matrix next to `x`, by Newton-Schulz rounds."
+    (a, b, c), tall = group["ns_coefficients"], x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
 # %% ../nbs/05_step.ipynb #13a1fdaf
 def _inner_matrices(model: nn.Module) -> list[nn.Parameter]:
     "Weights of the linear maps inside the layers: not of the output heads."
@@ -241,16 +282,9 @@ def make_optimizer(model: nn.Module, c: TrainConfig, groups: list[dict] | None =
     inner = {id(p) for p in _inner_matrices(model)}
     matrices = [p for p in model.parameters() if id(p) in inner]
     rest = [g | {"params": [p for p in g["params"] if id(p) not in inner]} for g in decay_groups(model, c)]
-    muon = torch.optim.Muon(matrices, lr=c.lr, weight_decay=c.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    kind = torch.optim.Muon if bf16_in_hardware() else Float32Muon
+    muon = kind(matrices, lr=c.lr, weight_decay=c.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     return Together(adamw([g for g in rest if g["params"]]), muon)
-
-# %% ../nbs/05_step.ipynb #e64e90d0
-def bf16_in_hardware() -> bool:
-    "Does the device that will be used compute in bf16 by itself? On a CPU without it bf16 is slower than float32."
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
 
 # %% ../nbs/05_step.ipynb #0e031c9e
 def autocast_of(c: TrainConfig) -> torch.autocast:
