@@ -508,7 +508,7 @@ def _steps(n: int, c: dict) -> int:
 def _chat_callbacks(run: Run, stage: str, config: TrainConfig, tokenizer: Tokenizer) -> list[Callback]:
     "The same for a model that answers: a held-out question is asked."
     prompt = next(row["prompt"] for _, row in read_rows(run.path("prepare") / "tasks.jsonl"))
-    answer = lambda model, prompts: ask(model, tokenizer, [[{"role": "user", "content": p}] for p in prompts], 40)
+    answer = lambda model, prompts: ask(getattr(model, "policy", model), tokenizer, [[{"role": "user", "content": p}] for p in prompts], 40)
     return _callbacks(run, stage, config, tokenizer, prompt, answer)
 
 
