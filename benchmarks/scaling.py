@@ -37,18 +37,6 @@ QUICK = FULL | {"bytes": {"village": 1_500_000, "docs": 500_000}, "levels": {1e1
                 "rates": (2e-3, 8e-3), "sweep": {2e10: (2, 24)}, "check": {}, "adamw": None, "min_steps": 40, "resamples": 50}
 
 
-def orthogonal(grad: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
-    """Muon's Newton-Schulz rounds in float32. PyTorch's own run in bf16, which a CPU without bf16 in hardware has to emulate: for matrices as
-    small as these they would take several times as long as the rest of the step."""
-    a, b, c = coefficients
-    x = grad.T if len(grad) > grad.shape[1] else grad
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if len(grad) > grad.shape[1] else x
-
-
 def make_corpus(folder: Path, sizes: dict[str, int]) -> dict:
     "Clean documents without exact copies, a tokenizer, one token file for training and one a source held out; returns what is in them."
     if (folder / "corpus.json").exists():
@@ -85,7 +73,6 @@ def seen_share(train: list[str], held_out: list[str], n: int = 13) -> float:
 
 def one_run(folder: Path, shape: tuple[int, int], level: float, lr: float = 0.0, seed: int = 0, optimizer: str = "muon") -> dict:
     "Train one model on `level` operations, 6 N D; returns its row."
-    torch.optim._muon._zeropower_via_newtonschulz = orthogonal
     tokenizer, start, cpu = Tokenizer.load(folder / "tokenizer"), time.perf_counter(), time.process_time()
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     plan = plan_of(shape, level, len(tokenizer), lr, seed, optimizer)
