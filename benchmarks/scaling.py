@@ -24,7 +24,7 @@ from llm_course.model import Transformer
 from llm_course.packing import TokenRows, packed_loss, stack_rows
 from llm_course.pretrain import pretrain, tokenize_corpus
 from llm_course.reading import UserError, write_json, write_jsonl
-from llm_course.scaling import Law, Plan, bootstrap, compute_optimal, fit_law, interval, isoflop_minima, knob, power_law, predict
+from llm_course.scaling import Law, SizedRun, bootstrap, compute_optimal, fit_law, interval, isoflop_minima, knob, power_law, predict
 from llm_course.tokenizer import Tokenizer, train_tokenizer
 from llm_course.trainer import mean_loss, seed_all
 from llm_course.world import make_village, python_docs, village_documents
@@ -97,7 +97,7 @@ def held_out_rows(path: Path, bos_id: int) -> list[dict]:
     return [rows[i * len(rows) // HELD_OUT] for i in range(HELD_OUT)] if len(rows) > HELD_OUT else list(rows)
 
 
-def plan_of(shape: tuple[int, int], level: float, vocab_size: int, lr: float = 0.0, seed: int = 0, optimizer: str = "muon") -> Plan:
+def plan_of(shape: tuple[int, int], level: float, vocab_size: int, lr: float = 0.0, seed: int = 0, optimizer: str = "muon") -> SizedRun:
     "The knob on a level: as many tokens as its operations pay for."
     n = knob(shape[0], vocab_size, shape[1], CONTEXT, batch_factor=1.0).parameters
     return knob(shape[0], vocab_size, shape[1], CONTEXT, batch_factor=1.0, tokens=round(level / 6 / n), lr=lr, optimizer=optimizer, seed=seed)

@@ -523,7 +523,7 @@ def _warn_of_changes(trainer: "Trainer", checkpoint: Path) -> None:
     then = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("run", {})
     if trainer.accelerator.is_main_process and (changes := resume_changes(then, _run_state(trainer))):
         warnings.warn(f"{trainer.folder} goes on from step {trainer.n_steps} with other settings than before: {'; '.join(changes)}. "
-                      "Take the old settings, or another folder for a new run", stacklevel=5)
+                      "With the old ones, or in another folder, it is exact", stacklevel=5)
 
 # %% ../nbs/05_loop.ipynb #1dc0ccf2
 def fit(trainer: "Trainer") -> list[dict]:
