@@ -95,13 +95,13 @@ def attention_slowly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 # %% ../nbs/04_architecture.ipynb #32575051
 def document_mask(doc_ids: Tensor, causal: bool = True) -> Tensor:
-    "Mask `[B, 1, T, T]` that lets a token of a packed row look at its own document only; `doc_ids` is `[B, T]`."
+    "Mask `[B, 1, T, T]`, True where one may look: at tokens of one's own document, if `causal` not at later ones; `doc_ids` `[B, T]` numbers the documents."
     mask = doc_ids[:, :, None] == doc_ids[:, None, :]
     return (mask.tril() if causal else mask)[:, None]
 
 # %% ../nbs/04_architecture.ipynb #5a09a5bb
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0) -> Tensor:
-    """The same by PyTorch's fused kernel: `q` is `[B, H, T, D]`, `k` and `v` are `[B, H_kv, S, D]` where `H_kv` divides `H`.
+    """Attention `[B, H, T, D]` by PyTorch's fused kernel, as `attention_slowly`: `q` is `[B, H, T, D]`, `k` and `v` are `[B, H_kv, S, D]` where `H_kv` divides `H`.
 
     A `mask` that broadcasts to `[B, H, T, S]` takes the place of the causal one: True where one may look, or numbers to add to the
     scores. So does one that is no tensor, but knows in its `attend(q, k, v, dropout)` how to look (`packing.packing_mask`).
@@ -195,7 +195,7 @@ class KVCache:
 
 # %% ../nbs/04_architecture.ipynb #b3799def
 class Attention(nn.Module):
-    "Multi-head, grouped-query or multi-query self-attention."
+    "Multi-head, grouped-query or multi-query self-attention: `[B, T, C]` to `[B, T, C]`; `mask` as in `attention`, `rope` from `Transformer.rope`, `layer` is its number in the cache."
 
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
@@ -307,8 +307,9 @@ class Transformer(nn.Module):
         """Final hidden states `[B, T, C]` of token ids `[B, T]`.
 
         `positions` `[B, T]` default to 0…T-1 (after the cache's length); `mask` is boolean (or numbers to add
-        to the scores), broadcasts to `[B, H, T, S]` and replaces the causal one. Raises UserError for a sequence longer than `max_seq_len`; rows packed from several
-        documents may be longer when their `positions` restart."""
+        to the scores), broadcasts to `[B, H, T, S]` and replaces the causal one; or it is an object, see `attention`.
+        Raises UserError for a sequence longer than `max_seq_len`; rows packed from several documents may be longer when
+        their `positions` restart."""
         c, T, start = self.config, ids.shape[1], cache.length if cache is not None else 0
         if positions is None:
             if start + T > c.max_seq_len:

@@ -30,7 +30,7 @@ from .tasks import IGNORE
 
 # %% ../nbs/05_packing.ipynb #49694e5c
 def write_tokens(path: str | Path, documents: Iterable[list[int]], vocab_size: int) -> dict:
-    """Write token ids of documents one after the other to `path` (uint16 below 65,536 ids, else uint32), with `path.json` beside it.
+    """Write token ids of documents one after the other to `path` (uint16 up to 65,536 ids, else uint32), with `path.json` beside it.
 
     Holds one document at a time. Returns `{"tokens", "documents", "dtype", "vocab_size"}`. The file appears only when it is whole.
     Raises UserError for an id that is not in the vocabulary."""
@@ -89,7 +89,7 @@ class TokenFile:
 
 # %% ../nbs/05_packing.ipynb #7ae0acf8
 def document_ids(ids: Tensor, bos_id: int) -> Tensor:
-    "Number of the document that each token of a row `[B, T]` belongs to: it rises at each start token."
+    "Number of the document that each token of rows `[T]` or `[B, T]` belongs to: it rises at each start token; 0 is a document that began before the row."
     return (ids == bos_id).cumsum(-1)
 
 
@@ -120,7 +120,7 @@ class TokenRows:
 
 
 def stack_rows(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    "A batch of rows of one length."
+    "A batch of rows of one length: each entry `[T]` becomes `[B, T]`."
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
 # %% ../nbs/05_packing.ipynb #6069ee89
@@ -208,7 +208,9 @@ def filling_report(rows: Sequence[Row], lengths: Sequence[int], room: int) -> di
 
 # %% ../nbs/05_packing.ipynb #de1964ef
 def pack_examples(examples: Sequence[dict], seq_len: int, pad_id: int) -> list[dict[str, Tensor]]:
-    "Pack whole examples (`input_ids`, `labels`) into rows of `seq_len`; padding is a document of its own without labels."
+    """Pack whole examples (`input_ids`, `labels`) into rows by `best_fit`: dicts of `input_ids`, `labels`, `doc_ids`, each `[seq_len]`.
+
+    Padding is the document -1, without labels. Raises UserError for an example that is longer than a row."""
     rows = []
     for members in best_fit([len(e["input_ids"]) for e in examples], seq_len):
         ids, labels, docs = [], [], []
