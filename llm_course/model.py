@@ -101,7 +101,9 @@ def document_mask(doc_ids: Tensor, causal: bool = True) -> Tensor:
 
 # %% ../nbs/04_architecture.ipynb #5a09a5bb
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True, dropout: float = 0.0) -> Tensor:
-    """Attention `[B, H, T, D]` by PyTorch's fused kernel, as `attention_slowly`: `q` is `[B, H, T, D]`, `k` and `v` are `[B, H_kv, S, D]` where `H_kv` divides `H`.
+    """Attention `[B, H, T, D]` by PyTorch's fused kernel, equal to `attention_slowly`.
+
+    `q` is `[B, H, T, D]`, `k` and `v` are `[B, H_kv, S, D]` where `H_kv` divides `H`.
 
     A `mask` that broadcasts to `[B, H, T, S]` takes the place of the causal one: True where one may look, or numbers to add to the
     scores. So does one that is no tensor, but knows in its `attend(q, k, v, dropout)` how to look (`packing.packing_mask`).
@@ -195,7 +197,9 @@ class KVCache:
 
 # %% ../nbs/04_architecture.ipynb #b3799def
 class Attention(nn.Module):
-    "Multi-head, grouped-query or multi-query self-attention: `[B, T, C]` to `[B, T, C]`; `mask` as in `attention`, `rope` from `Transformer.rope`, `layer` is its number in the cache."
+    """Multi-head, grouped-query or multi-query self-attention: `[B, T, C]` to `[B, T, C]`.
+
+    `mask` as in `attention`, `rope` from `Transformer.rope`; `layer` is its number in the cache."""
 
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()

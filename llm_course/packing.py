@@ -228,7 +228,8 @@ class FilledRows:
     """Rows of `seq_len` tokens of a token file, filled by `fill(lengths, seq_len)`: `split_fit`, `crop_fit`, `pad_each` or your own; for the trainer.
 
     Row i is a dict of `input_ids`, `labels`, `doc_ids`, each `[seq_len]`; padding has the document -1 and no labels. With `cross_loss` a
-    start token behind the true end of a document is to be predicted, as in `TokenRows`. Raises UserError as `TokenFile` does."""
+    start token behind the true end of a document is to be predicted, as in `TokenRows`. Tokens before the first start token are left out.
+    Raises UserError as `TokenFile` does, and for a file without start tokens."""
 
     def __init__(self, path: str | Path, seq_len: int, bos_id: int, pad_id: int, fill: Callable[[Sequence[int], int], list[Row]] = split_fit,
                  cross_loss: bool = True, vocab_size: int | None = None, block: int = 1 << 20):
