@@ -8,8 +8,8 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300            # five minutes before the end every process is told once: a checkpoint is written, status 130
-#SBATCH --requeue                    # and when the job is preempted it comes back by itself
-#SBATCH --open-mode=append           # into the same file
+#SBATCH --requeue                    # a job that is preempted comes back by itself
+#SBATCH --open-mode=append           # and writes on in the same file
 #SBATCH --output=llm_course-%j.log
 set -uo pipefail
 
@@ -22,7 +22,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
-# What `accelerate launch --config_file configs/nodes_fsdp.yaml` would set. For DDP leave these lines out.
+# What `accelerate launch --config_file configs/nodes_fsdp.yaml` would set. For DDP leave these three lines out.
 export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_STATE_DICT_TYPE=FULL_STATE_DICT FSDP_RESHARD_AFTER_FORWARD=true
 export FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP FSDP_TRANSFORMER_CLS_TO_WRAP=Block
 export FSDP_CPU_RAM_EFFICIENT_LOADING=false FSDP_OFFLOAD_PARAMS=false FSDP_ACTIVATION_CHECKPOINTING=false

@@ -99,7 +99,8 @@ def traffic(c: ModelConfig, mode: str, processes: int, micro_batches: int = 1, b
     """Bytes that each device sends in one optimizer step, by kind of message, with ring algorithms (Rajbhandari et al., 2020, section 7).
 
     Gradients travel in float32, fetched weights in bf16 or float32. Where weights are divided each of the `micro_batches` fetches them twice
-    (forward and backward) and sends its gradients; elsewhere gradients travel once a step. Raises UserError for an unknown mode."""
+    (forward and backward) and sends its gradients; elsewhere gradients travel once a step. DeepSpeed's ZeRO-2 sends them for each micro-batch,
+    the course's trainer under FSDP once a step, and fetches float32: these are not counted. Raises UserError for an unknown mode."""
     mode, n, part = check_mode(mode), count_parameters(c)["total"], (processes - 1) / processes
     if mode == "single" or processes == 1:
         return {"total": 0.0}
@@ -193,7 +194,7 @@ def split_batch(batch_size: int, micro_batch: int, devices: int) -> tuple[int, i
 
 # %% ../nbs/05a_scale.ipynb #6ff344e5
 def find_remedies(c: ModelConfig, usable: float, devices: int, mode: str, rows: int, bf16: bool, recompute: bool) -> list[str]:
-    "What to change so that a step fits into `usable` bytes, the gentlest first; each with the gigabytes that it would need then."
+    "What to change so that a step fits into `usable` bytes, the gentlest first; each with the GiB that a device would need then."
     need = lambda rows, mode, recompute: estimate_memory(c, rows, None, mode, devices, bf16, recompute).total
     smaller = [2**k for k in range(20, -1, -1) if 2**k < rows]
     ways = [(f"--set pretrain.micro_batch={r}", (r, mode, recompute)) for r in smaller]
@@ -214,7 +215,8 @@ def find_remedies(c: ModelConfig, usable: float, devices: int, mode: str, rows: 
 # %% ../nbs/05a_scale.ipynb #9d04f3c6
 @dataclass
 class Plan:
-    "What a pretraining run will need; memory in bytes, for one device."
+    """What a pretraining run will need. Of one device: `memory` and `usable` in bytes, `sent` in bytes a step, `price` of an hour. Times are in seconds;
+    `how` says what they rest on."""
     name: str
     card: Card
     devices: int
