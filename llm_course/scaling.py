@@ -168,8 +168,8 @@ def _law(theta: np.ndarray, centre: tuple[float, float]) -> Law:
 def fit_law(runs: Sequence[dict], size: str = "parameters", delta: float = 1e-3) -> Law:
     """The `Law` closest to `runs`, dicts with `size`, `tokens` and `loss`: Huber loss of the logarithms, from some thousand starts.
 
-    This is the third approach of Hoffmann et al. (2022), with their `delta`: errors of the logarithm up to it count squared, larger ones linearly. Raises UserError
-    for too few runs, sizes or budgets."""
+    This is the third approach of Hoffmann et al. (2022), with their `delta`: errors of the logarithm up to it count squared, larger ones
+    linearly. Raises UserError for too few runs, sizes or budgets."""
     return _fits(runs, size, delta)[0]
 
 # %% ../nbs/05b_scaling.ipynb #e7727bcd
@@ -196,7 +196,8 @@ def _fits(runs: Sequence[dict], size: str, delta: float, times: int = 0, seed: i
 def bootstrap(runs: Sequence[dict], times: int = 300, size: str = "parameters", delta: float = 1e-3, seed: int = 0) -> list[Law]:
     """Laws fitted to `times` resamples of the runs, drawn with replacement: how far the constants move says how well they are known.
 
-    Runs of several seeds at one size and budget are runs like others. Each fit starts from eleven points around that of all runs. Raises UserError as `fit_law`, and for less than two times."""
+    Runs of several seeds at one size and budget are runs like others. Each fit starts from eleven points around that of all runs. Raises
+    UserError as `fit_law`, and for less than two times."""
     if times < 2:
         raise UserError(f"times={times}: an interval needs at least two resamples; 300 give steady ones")
     return _fits(runs, size, delta, times, seed)[1:]
