@@ -83,7 +83,7 @@ def one_run(folder: Path, shape: tuple[int, int], level: float, lr: float = 0.0,
     trainer = pretrain(model, rows, plan.train)
     held = {s: held_out_rows(folder / f"{s}.bin", tokenizer.bos_id) for s in ("village", "docs")}
     by_source = {s: mean_loss(model, packed_loss, h, stack_rows) for s, h in held.items()}
-    shares = json.loads((folder / "corpus.json").read_text())["bytes"]
+    shares = json.loads((folder / "corpus.json").read_text())["bytes"]      # weights by bytes: not the mean over the tokens of the mixture
     c = count_parameters(plan.model)
     return {"depth": shape[0], "width": shape[1], "dim": plan.model.dim, "parameters": plan.parameters, "without_embedding": c["total"] - c["embedding"],
             "tokens": plan.tokens, "level": level, "flops": plan.flops, "lr": round(plan.train.lr, 6), "batch_rows": plan.train.batch_size, "steps": plan.train.steps, "seed": seed,
