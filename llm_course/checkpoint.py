@@ -263,7 +263,7 @@ def _lock(handle: int) -> None:
 
 # %% ../nbs/05_checkpoints.ipynb #eb0e5c14
 HARMLESS = ("log_every", "checkpoint_every", "keep_checkpoints", "recompute")      # the same weights, bit for bit
-ROUNDING = ("micro_batch", "compile")                                              # the same sums in another order
+ROUNDING = ("micro_batch", "compile")                                              # the same sums in another order; dropout, where there is any, draws other units
 EFFECT = {"seed": "the order of the data and all random numbers are others from here on", "batch_size": "each step sees other examples from here on",
           "steps": "from here on the learning rate follows the schedule of the new length"}
 

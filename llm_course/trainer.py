@@ -301,7 +301,7 @@ def blank_copy(model: nn.Module) -> nn.Module:
 
 
 def distribute(accelerator: "Accelerator", model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-    "Model and optimizer as accelerate wraps them: as they are, for DDP, or with FSDP2 in pieces, one layer (`Block`) a piece."
+    "Model and optimizer as accelerate wraps them: as they are, for DDP, or with FSDP2 in pieces, one unit a layer (`Block`)."
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
         plugin = accelerator.state.fsdp_plugin
