@@ -27,6 +27,7 @@ export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_STATE_DICT_TYPE=FULL_STATE_D
 export FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP FSDP_TRANSFORMER_CLS_TO_WRAP=Block
 export FSDP_CPU_RAM_EFFICIENT_LOADING=false FSDP_OFFLOAD_PARAMS=false FSDP_ACTIVATION_CHECKPOINTING=false
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}      # srun does not take it from sbatch since Slurm 22.05
 
 # Each process learns who it is from Slurm; `exec` lets the signal reach Python itself. When one has ended, the others have two minutes.
 srun --kill-on-bad-exit=0 --wait=120 bash -c '

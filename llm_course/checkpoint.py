@@ -150,6 +150,8 @@ class CheckpointWriter:
     went wrong there. A disk that refuses gives a UserError, and what was there before stays."""
 
     def __init__(self, folder: str | Path, keep: int = 2, keep_every: int = 0, background: bool = False):
+        if keep < 1:
+            raise UserError(f"keep={keep}: at least one checkpoint must be kept")
         self.root, self.keep, self.keep_every, self.background = Path(folder) / "checkpoints", keep, keep_every, background
         self.thread, self.error = None, None
 
@@ -287,9 +289,9 @@ def _code_commit() -> str | None:
 def resume_changes(old: dict, new: dict) -> list[str]:
     """Sentences about what differs between two `resume_state`s and lets a resumed run end in other weights; empty for none.
 
-    How often to log and save is free; `steps` is, too, where the schedule is constant."""
+    How often to log and save is free; `steps` is, too, where the schedule is constant without a warm-up."""
     was, now = (s.get("config", {}) for s in (old, new))
-    free = HARMLESS + (("steps",) if was.get("schedule") == now.get("schedule") == "constant" else ())
+    free = HARMLESS + (("steps",) if was.get("schedule") == now.get("schedule") == "constant" and not was.get("warmup") and not now.get("warmup") else ())
     why = lambda k: "the same run up to rounding" if k in ROUNDING else EFFECT.get(k, "this is no longer the run that was begun")
     found = [f"{k} was {was[k]} and is {now[k]}: {why(k)}" for k in was if k in now and was[k] != now[k] and k not in free]
     if (a := old.get("n_data")) != (b := new.get("n_data")) and a is not None:

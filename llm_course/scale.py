@@ -100,7 +100,7 @@ def traffic(c: ModelConfig, mode: str, processes: int, micro_batches: int = 1, b
 
     Gradients travel in float32, fetched weights in bf16 or float32. Where weights are divided each of the `micro_batches` fetches them twice
     (forward and backward) and sends its gradients; elsewhere gradients travel once a step. DeepSpeed's ZeRO-2 sends them for each micro-batch,
-    the course's trainer under FSDP once a step, and fetches float32: these are not counted. Raises UserError for an unknown mode."""
+    and the course's trainer fetches float32 under FSDP: these are not counted. Raises UserError for an unknown mode."""
     mode, n, part = check_mode(mode), count_parameters(c)["total"], (processes - 1) / processes
     if mode == "single" or processes == 1:
         return {"total": 0.0}
@@ -309,7 +309,7 @@ def disk_needs(settings: dict, parameters: int, tokens: int) -> dict[str, float]
     "Bytes on the disk, by what lies there. Token numbers take 2 bytes below a vocabulary of 65,536, else 4; a checkpoint holds weights and two averages in float32."
     wide, s = 2 if settings["tokenizer"]["vocab_size"] <= 65_536 else 4, settings["data"]
     return {"for the corpus, at most": s["budget_bytes"], "for its token file, if all tokens are read once": wide * tokens,
-            "for a checkpoint while training (two for a moment)": 12 * parameters, "for each finished model (base, sft, reward, ppo, dpo)": 4 * parameters}
+            "for each checkpoint while training (two are kept, three stand for a moment)": 12 * parameters, "for each finished model (base, sft, reward, ppo, dpo)": 4 * parameters}
 
 # %% ../nbs/05a_scale.ipynb #50c26d62
 def config_path(name: str) -> Path:

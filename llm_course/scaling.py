@@ -56,8 +56,10 @@ def knob(depth: int, vocab_size: int = 32_768, width: int = 64, context: int = 1
     `LR_AT_64` * (64 / dim) ** `LR_POWER`. Raises UserError for numbers that make no model or no run."""
     if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= 256:
         raise UserError(f"depth={depth!r}: give a whole number of layers from 1 to 256, for instance knob(12)")
-    if width < 2 or width % 2:
+    if not isinstance(width, int) or width < 2 or width % 2:
         raise UserError(f"width={width}: channels a layer must be an even number of at least 2 (rotary positions turn pairs), for instance 64")
+    if not 0 <= tokens < math.inf:
+        raise UserError(f"tokens={tokens}: must be a number of tokens, or 0 for tokens_per_parameter")
     for name, value in (("tokens_per_parameter", tokens_per_parameter), ("batch_factor", batch_factor)):
         if not 0 < value < math.inf:
             raise UserError(f"{name}={value}: must be a number above 0")

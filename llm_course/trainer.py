@@ -111,7 +111,7 @@ def make_accelerator(precision: str = "no") -> "Accelerator":
     from accelerate.state import AcceleratorState
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and (missing := [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]):
-        raise UserError(f"WORLD_SIZE promises {world} processes, but {', '.join(missing)} is not set; start them with torchrun or accelerate launch")
+        raise UserError(f"WORLD_SIZE promises {world} processes, but there is no {', '.join(missing)}; start them with torchrun or accelerate launch")
     if _asked_for("DEEPSPEED"):
         raise UserError("DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED), which the trainer does not drive: it updates the weights before loss and gradient were judged; "
                         "use a configuration with FSDP2, which splits weights, gradients and optimizer state as ZeRO-3 does")
@@ -346,7 +346,8 @@ def accumulate_gradients(trainer: "Trainer") -> dict[str, float]:
     parts = micro_batches(batch, acc.process_index, acc.num_processes, c.micro_batch)
     for part in parts:
         inputs = {k: v.to(acc.device, non_blocking=True) for k, v in t.collate([t.data[i] for i in part]).items()}
-        with acc.no_sync(t.wrapped) if part is not parts[-1] else nullcontext(), acc.autocast():
+        waits = part is not parts[-1] and t.blank is None      # sharded, whole gradients would pile up on every process: send each pass
+        with acc.no_sync(t.wrapped) if waits else nullcontext(), acc.autocast():
             loss, count, metrics = t.loss_fn(t.wrapped, inputs)
             acc.backward(loss)
         tokens = inputs["input_ids"].numel() if "input_ids" in inputs else len(part)
@@ -362,7 +363,7 @@ def train_step(trainer: "Trainer") -> dict:
     lr = learning_rate(t.n_steps, c)
     set_learning_rate(t.optimizer, lr)
     totals = accumulate_gradients(t)
-    count = max(totals["count"], 1.0)
+    count = totals["count"] or 1.0
     rescale_gradients(t.model.parameters(), acc.num_processes / count)              # backward gave sums, averaged over processes
     norm = clip_norm(acc, t.wrapped.parameters(), c.clip)
     t.tokens += int(totals["tokens"])
@@ -562,8 +563,8 @@ def train(trainer: "Trainer") -> None:
             stop = any_process(bool(asked), t.accelerator)
             if t.folder and (t.n_steps % c.checkpoint_every == 0 and not last or stop):
                 t.save_checkpoint()
-            if stop and not last:
-                raise Interrupted(f"stopped at step {t.n_steps} of {c.steps}; the same command goes on from here")
+            if stop:
+                raise Interrupted(f"stopped at step {t.n_steps} of {c.steps}; " + ("the same command goes on from here" if t.folder else "nothing is saved, because the trainer has no folder"))
 
 # %% ../nbs/05_loop.ipynb #26e5c679
 class Trainer:
@@ -601,6 +602,9 @@ class Evaluate(Callback):
     def __init__(self, data: Sequence, every: int, batch_size: int = 64):
         self.data, self.every, self.batch_size, self.values = data, every, batch_size, []
 
+    def on_start(self, trainer: Trainer) -> None:
+        self.values = [(r["step"], r["val_loss"]) for r in trainer.history if "val_loss" in r]      # of the run before a stop
+
     def after_step(self, trainer: Trainer, record: dict) -> None:
         if trainer.n_steps % self.every == 0 or trainer.n_steps == trainer.config.steps:
             acc = trainer.accelerator
@@ -614,6 +618,8 @@ def mean_loss(model: nn.Module, loss_fn: Callable, data: Sequence, collate: Call
     """Mean loss over a data set: sum of the sums by sum of the counts, the model in evaluation mode.
 
     With several `processes` the batches are dealt out over them: all must call it, and all get the same number."""
+    if not len(data):
+        raise UserError("there are no held-out examples to measure on; hold some out, or leave the evaluation away")
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     total = count = 0.0
@@ -629,4 +635,4 @@ def mean_loss(model: nn.Module, loss_fn: Callable, data: Sequence, collate: Call
         both = torch.tensor([total, count], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(both)
         total, count = both.tolist()
-    return total / max(count, 1.0)
+    return total / (count or 1.0)

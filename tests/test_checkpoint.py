@@ -519,7 +519,7 @@ def test_states_are_json_and_older_ones_are_read():
     state = resume_state(config, 50)
     assert json.loads(json.dumps(state)) == state and state["n_data"] == 50 and state["versions"]["torch"] == torch.__version__
     assert resume_changes({}, state) == [] and resume_changes(state, state) == []
-    longer = [resume_state(TrainConfig(n, schedule="constant"), 50) for n in (10, 20)]
+    longer = [resume_state(TrainConfig(n, schedule="constant", warmup=0.0), 50) for n in (10, 20)]
     assert resume_changes(*longer) == []
     assert resume_changes(state, resume_state(config, 50, processes=2)) == ["processes: 1 then, 2 now: the same run up to rounding"]
     other = state | {"versions": state["versions"] | {"numpy": "1.0"}}

@@ -84,7 +84,7 @@ def test_every_plan_of_the_knob_holds_together(depth, width, per_parameter, fact
         return
     assert p.model.dim == depth * width and p.model.n_heads == depth and p.parameters == count_parameters(p.model)["total"]
     assert p.tokens == p.train.steps * p.train.batch_size * 256
-    assert abs(p.tokens / (per_parameter * p.parameters) - 1) <= 0.5 / p.train.steps + 1e-9
+    assert abs(p.tokens / (per_parameter * p.parameters) - 1) <= 0.5 / (p.train.steps - 0.5) + 1e-9
     assert p.train.batch_size * 256 == pytest.approx(factor * math.sqrt(per_parameter * p.parameters), abs=128) or p.train.batch_size == 1
     assert 0 < p.train.lr < 1
 
