@@ -126,16 +126,14 @@ class TrainConfig:
     def __post_init__(self):
         whole = {"steps": 1, "batch_size": 1, "micro_batch": 0, "seed": 0, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1}
         for key, least in whole.items():
-            if (value := getattr(self, key)) != int(value) or value < least:
+            if not math.isfinite(value := getattr(self, key)) or value != int(value) or value < least:
                 raise UserError(f"{key}={value} must be a whole number, {least} or more")
-        for key in ("lr", "eps", "clip"):
-            if not 0 < getattr(self, key) <= (math.inf if key == "clip" else 1e6):      # a clip of infinity means: only measure the norm
-                raise UserError(f"{key}={getattr(self, key)} must be a number greater than 0")
+        for key, ok in {"lr": 0 < self.lr < math.inf, "eps": 0 < self.eps < math.inf, "clip": self.clip > 0, "weight_decay": 0 <= self.weight_decay < math.inf}.items():
+            if not ok:      # a clip of infinity means: only measure the norm
+                raise UserError(f"{key}={getattr(self, key)} must be a number greater than 0" + " or 0" * (key == "weight_decay"))
         for key in ("warmup", "min_lr", "decay"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{key}={getattr(self, key)} is a fraction; choose a number from 0 to 1")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"weight_decay={self.weight_decay} must be 0 or more")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"betas={self.betas}: two numbers are needed, from 0 to 1 (excluded)")
         for key, known in {"schedule": ("cosine", "wsd", "constant"), "precision": ("no", "bf16", "auto"), "optimizer": ("adamw", "muon")}.items():
