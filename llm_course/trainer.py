@@ -6,10 +6,10 @@
 __all__ = ['sample_index', 'batch_indices', 'micro_batches', 'sum_over_processes', 'rescale_gradients', 'clip_norm',
            'set_learning_rate', 'make_accelerator', 'any_process', 'require_agreement', 'on_main', 'stop_signals',
            'neighbours', 'whole_tensors', 'piece_of', 'load_weights', 'parameter_names', 'named_optimizer_state',
-           'load_optimizer_state', 'blank_copy', 'distribute', 'check_start', 'prepare', 'accumulate_gradients',
-           'train_step', 'update_weights', 'seed_all', 'Callback', 'Interrupted', 'weights', 'whole_model',
-           'save_checkpoint', 'load_checkpoint', 'roll_back', 'kept_records', 'log_record', 'resume', 'fit', 'train',
-           'Trainer', 'Evaluate', 'mean_loss']
+           'load_optimizer_state', 'blank_copy', 'distribute', 'in_pieces', 'Engine', 'check_start', 'prepare',
+           'accumulate_gradients', 'train_step', 'update_weights', 'seed_all', 'Callback', 'Interrupted', 'weights',
+           'whole_model', 'save_checkpoint', 'load_checkpoint', 'roll_back', 'kept_records', 'log_record', 'resume',
+           'fit', 'train', 'Trainer', 'Evaluate', 'mean_loss']
 
 # %% ../nbs/05_loop.ipynb #fde3e95c
 import atexit
@@ -106,17 +106,18 @@ def make_accelerator(precision: str = "no") -> "Accelerator":
     """An `accelerate.Accelerator`, with what the launcher asked for (see `accelerate launch`) in force.
 
     Raises UserError when processes were started that do not see each other, when FSDP was asked for and accelerate would run
-    something else, and for DeepSpeed."""
+    something else, and when DeepSpeed was asked for and cannot be used (see `llm_course.zero`)."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and (missing := [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]):
         raise UserError(f"WORLD_SIZE promises {world} processes, but there is no {', '.join(missing)}; start them with torchrun or accelerate launch")
-    if _asked_for("DEEPSPEED"):
-        raise UserError("DeepSpeed was asked for (ACCELERATE_USE_DEEPSPEED), which the trainer does not drive: it updates the weights before loss and gradient were judged; "
-                        "use a configuration with FSDP2, which splits weights, gradients and optimizer state as ZeRO-3 does")
     AcceleratorState._reset_state(reset_partial_state=True)      # or a second trainer in this process would silently lose FSDP
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available() and not _has_mps())
+    if _asked_for("DEEPSPEED"):
+        from .zero import zero_accelerator
+        accelerator = zero_accelerator(precision)
+    else:
+        accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available() and not _has_mps())
     if accelerator.num_processes != world:
         raise UserError(f"{world} processes were started but accelerate sees {accelerator.num_processes}; start with torchrun, and on a machine without GPU set ACCELERATE_USE_CPU=yes")
     if _asked_for("FSDP"):
@@ -158,7 +159,7 @@ _wrapping: weakref.WeakSet = weakref.WeakSet()   # trainers that hold a model wr
 def _leave_group() -> None:
     "At exit: let go of the wrapped models, then of the process group. In another order gloo's threads abort the interpreter now and then."
     for trainer in list(_wrapping):
-        trainer.wrapped = None
+        trainer.wrapped = trainer.engine = None
         trainer.accelerator.free_memory()
     gc.collect()
     if torch.distributed.is_initialized():
@@ -309,25 +310,81 @@ def distribute(accelerator: "Accelerator", model: nn.Module, optimizer: torch.op
         plugin.transformer_cls_names_to_wrap = ["Block"] if any(isinstance(m, Block) for m in model.modules()) else []
     return accelerator.prepare(model, optimizer)
 
+# %% ../nbs/05_loop.ipynb #5e11ab02
+def in_pieces(accelerator: "Accelerator", weights: bool = False) -> bool:
+    "Does each process keep a piece only of the gradients (FSDP2, ZeRO-2, ZeRO-3), or with `weights`: of the weights, too (FSDP2, ZeRO-3)?"
+    state = accelerator.state
+    stage = state.deepspeed_plugin.zero_stage if getattr(state, "deepspeed_plugin", None) is not None else 0
+    return getattr(state, "fsdp_plugin", None) is not None or stage >= 3 - (not weights)
+
+
+class Engine:
+    """One model and its optimizer, on one process, with DDP or with FSDP2: what depends on how a run is divided.
+    `wrapped` is the model to call in training."""
+
+    def __init__(self, accelerator: "Accelerator", model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.accelerator, self.model, self.pieces = accelerator, model, in_pieces(accelerator)
+        self.wrapped, self.optimizer = distribute(accelerator, model, optimizer)
+
+    @contextmanager
+    def micro_batch(self, last: bool):
+        "Within: forward and backward pass of one micro-batch; the gradients are sent after the last one, or after each where they are in pieces."
+        with nullcontext() if last or self.pieces else self.accelerator.no_sync(self.wrapped), self.accelerator.autocast():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def scale_and_clip(self, factor: float, max_norm: float) -> float:
+        "Multiply the gradients by `factor`, clip them to a norm of at most `max_norm` together; returns the norm before clipping."
+        rescale_gradients(self.model.parameters(), factor)
+        return clip_norm(self.accelerator, self.wrapped.parameters(), max_norm)
+
+    def step(self) -> None:
+        "Let the optimizer change the weights, and drop the gradients."
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        "Drop the gradients: the weights stay as they are."
+        self.optimizer.zero_grad()
+
+    def weights(self, keep: bool) -> dict[str, Tensor]:
+        "The whole state dict on the CPU where `keep`, else {}; all processes call it."
+        for m in self.model.modules():
+            if hasattr(m, "reshard"):
+                m.reshard()      # let go of weights that FSDP2 still holds gathered, for instance after a forward pass without a backward one
+        return whole_tensors(self.model.state_dict(), keep)
+
+    def optimizer_state(self, keep: bool) -> dict[str, Tensor]:
+        "`named_optimizer_state` in whole tensors on the CPU where `keep`, else {}; all processes call it."
+        return whole_tensors(named_optimizer_state(self.model, self.optimizer), keep)
+
+    def load(self, weights: dict[str, Tensor], optimizer_state: dict[str, Tensor]) -> None:
+        "Take both from whole tensors; all processes call it, with the same."
+        self.weights(keep=False)
+        load_weights(self.model, weights)
+        load_optimizer_state(self.model, self.optimizer, optimizer_state)
+
 # %% ../nbs/05_loop.ipynb #1b2ef15c
 def check_start(accelerator: "Accelerator", model: nn.Module, data: Sequence, config: TrainConfig) -> None:
     "Raise UserError, before anything is done, for data or settings with which no step could be taken, or not by so many processes."
     if len(data) == 0:
         raise UserError("there is nothing to train on: the data set is empty; check the sources and the filters before this stage")
-    n, sharded = accelerator.num_processes, getattr(accelerator.state, "fsdp_plugin", None) is not None
+    n, sharded = accelerator.num_processes, in_pieces(accelerator)
     micro_batches(range(config.batch_size), 0, n)
     if sharded and config.batch_size % n:
         raise UserError(f"batch_size={config.batch_size} is no multiple of the {n} processes; sharded weights need as many passes on each: set {n * (config.batch_size // n)}")
     facts = {"settings": config, "number of examples": len(data), "number of parameters": sum(p.numel() for p in model.parameters())}
-    if sharded:      # DDP sends the main process's weights to all; pieces of different models would be joined in silence
+    if sharded:      # DDP sends the main process's weights to all; pieces of different models could be joined in silence
         facts["initial weights"] = n > 1 and [float(p.detach().double().sum()) for p in model.parameters()]
     require_agreement(accelerator, **facts)
 
 
-def prepare(accelerator: "Accelerator", model: nn.Module, config: TrainConfig, groups: list[dict] | None = None) -> tuple:
+def prepare(accelerator: "Accelerator", model: nn.Module, config: TrainConfig, groups: list[dict] | None = None) -> tuple[nn.Module | None, Engine]:
     """Apply the settings to the model, make the optimizer and distribute both; returns a blank copy of the model where its weights
-    are sharded (else None), the wrapped model and the optimizer."""
-    blank = blank_copy(model) if getattr(accelerator.state, "fsdp_plugin", None) is not None else None
+    are sharded (else None), and the engine."""
+    blank = blank_copy(model) if in_pieces(accelerator, weights=True) else None
     if config.recompute:
         recompute_activations(model)
     if config.compile:
@@ -335,7 +392,10 @@ def prepare(accelerator: "Accelerator", model: nn.Module, config: TrainConfig, g
     optimizer = make_optimizer(model, config, groups)
     for group in optimizer.param_groups:
         group.setdefault("lr_scale", 1.0)
-    return blank, *distribute(accelerator, model, optimizer)
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        from .zero import ZeroEngine
+        return blank, ZeroEngine(accelerator, model, optimizer)
+    return blank, Engine(accelerator, model, optimizer)
 
 # %% ../nbs/05_loop.ipynb #74260351
 def accumulate_gradients(trainer: "Trainer") -> dict[str, float]:
@@ -346,10 +406,9 @@ def accumulate_gradients(trainer: "Trainer") -> dict[str, float]:
     parts = micro_batches(batch, acc.process_index, acc.num_processes, c.micro_batch)
     for part in parts:
         inputs = {k: v.to(acc.device, non_blocking=True) for k, v in t.collate([t.data[i] for i in part]).items()}
-        waits = part is not parts[-1] and t.blank is None      # sharded, whole gradients would pile up on every process: send each pass
-        with acc.no_sync(t.wrapped) if waits else nullcontext(), acc.autocast():
+        with t.engine.micro_batch(last=part is parts[-1]):
             loss, count, metrics = t.loss_fn(t.wrapped, inputs)
-            acc.backward(loss)
+            t.engine.backward(loss)
         tokens = inputs["input_ids"].numel() if "input_ids" in inputs else len(part)
         for k, v in {"loss": loss, "count": count, "tokens": tokens, **{f"metric/{k}": v for k, v in metrics.items()}}.items():
             totals[k] = totals.get(k, 0) + torch.as_tensor(v, device=acc.device).detach().double()
@@ -364,14 +423,12 @@ def train_step(trainer: "Trainer") -> dict:
     set_learning_rate(t.optimizer, lr)
     totals = accumulate_gradients(t)
     count = totals["count"] or 1.0
-    rescale_gradients(t.model.parameters(), acc.num_processes / count)              # backward gave sums, averaged over processes
-    norm = clip_norm(acc, t.wrapped.parameters(), c.clip)
+    norm = t.engine.scale_and_clip(acc.num_processes / count, c.clip)               # backward gave sums, averaged over processes
     t.tokens += int(totals["tokens"])
     record = {"step": t.n_steps + 1, "loss": totals["loss"] / count, "lr": lr, "grad_norm": norm, "tokens": t.tokens}
     record |= {k.removeprefix("metric/"): v / count for k, v in totals.items() if k.startswith("metric/")}
     if not update_weights(t, record):
         record["skipped"] = True
-    t.optimizer.zero_grad()
     t.n_steps, t.samples = t.n_steps + 1, t.samples + c.batch_size
     record["seconds"] = time.perf_counter() - start
     if t.n_steps % c.log_every == 0 or t.n_steps in (1, c.steps) or "skipped" in record:
@@ -388,8 +445,9 @@ def update_weights(trainer: "Trainer", record: dict) -> bool:
         raise UserError(f"loss {loss} and gradient norm {norm} at step {record['step']}, three times in a row; lower the learning rate (lr={trainer.config.lr})")
     allowed = all([c.allow_update(trainer, record) for c in trainer.callbacks]) and finite
     if any_process(not allowed, trainer.accelerator):
+        trainer.engine.discard()
         return False
-    trainer.optimizer.step()
+    trainer.engine.step()
     return True
 
 # %% ../nbs/05_loop.ipynb #7ed12bd6
@@ -422,8 +480,7 @@ class Interrupted(UserError):
 def weights(trainer: "Trainer", everywhere: bool = False) -> dict[str, Tensor]:
     """The whole state dict of the model, on the CPU, for whoever saves it: on the main process, `{}` on the others (or on all, with
     `everywhere`). All processes must call it."""
-    _close(trainer.model)
-    return whole_tensors(trainer.model.state_dict(), everywhere or trainer.accelerator.is_main_process)
+    return trainer.engine.weights(everywhere or trainer.accelerator.is_main_process)
 
 
 def whole_model(trainer: "Trainer", everywhere: bool = False) -> nn.Module | None:
@@ -440,17 +497,10 @@ def whole_model(trainer: "Trainer", everywhere: bool = False) -> nn.Module | Non
         return model.to(trainer.accelerator.device).eval()
 
 
-def _close(model: nn.Module) -> None:
-    "Let go of weights that FSDP2 still holds gathered, for instance after a forward pass without a backward one."
-    for m in model.modules():
-        if hasattr(m, "reshard"):
-            m.reshard()
-
-
 def save_checkpoint(trainer: "Trainer") -> None:
     "Write model, optimizer, counters and the callbacks' state as one checkpoint, whole or absent; all processes call it, the main one writes."
     t, main = trainer, trainer.accelerator.is_main_process
-    tensors = {"model": t.weights(), "optimizer": whole_tensors(named_optimizer_state(t.model, t.optimizer), main)}
+    tensors = {"model": t.weights(), "optimizer": t.engine.optimizer_state(main)}
     state = {"step": t.n_steps, "samples": t.samples, "tokens": t.tokens, "skipped": t.skipped, "run": _run_state(t)}
     on_main(t.accelerator, lambda: t.writer.save(t.n_steps, tensors, state, lambda folder: t._call("on_save", folder), t.protected))
 
@@ -462,9 +512,7 @@ def _run_state(trainer: "Trainer") -> dict:
 def load_checkpoint(trainer: "Trainer", checkpoint: Path) -> None:
     "Weights, optimizer and counters of a checkpoint, written by any number of processes."
     t, state = trainer, json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    _close(t.model)
-    load_weights(t.model, load_file(checkpoint / "model.safetensors"))
-    load_optimizer_state(t.model, t.optimizer, load_file(checkpoint / "optimizer.safetensors"))
+    t.engine.load(load_file(checkpoint / "model.safetensors"), load_file(checkpoint / "optimizer.safetensors"))
     t.n_steps, t.samples, t.tokens, t.skipped = state["step"], state["samples"], state["tokens"], state["skipped"]
 
 
@@ -581,7 +629,8 @@ class Trainer:
         check_start(self.accelerator, model, data, config)
         self.model, self.loss_fn, self.data, self.config, self.collate = model, loss_fn, data, config, collate
         self.folder, self.callbacks = Path(folder) if folder else None, list(callbacks)
-        self.blank, self.wrapped, self.optimizer = prepare(self.accelerator, model, config, groups)
+        self.blank, self.engine = prepare(self.accelerator, model, config, groups)
+        self.wrapped, self.optimizer = self.engine.wrapped, self.engine.optimizer
         if self.wrapped is not model or self.blank is not None:
             _wrapping.add(self)
         self.n_steps, self.samples, self.skipped, self.tokens, self.history = 0, 0, 0, 0, []

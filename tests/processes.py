@@ -1,4 +1,4 @@
-"""What test_processes.py runs in real processes: `processes.py MODE FOLDER`, on one process or on two; writes FOLDER/MODE.json, then loses a process."""
+"""What test_processes.py runs in real processes: `processes.py MODE[,MODE] FOLDER`, on one process or on two; writes FOLDER/MODE.json, then loses a process."""
 import hashlib
 import json
 import os
@@ -75,7 +75,12 @@ def digest(trainer):
 def told(trainer):
     "What a run did: its log, the examples of each process, its weights."
     return {"log": [{k: v for k, v in r.items() if k != "seconds"} for r in trainer.history], "asked": gathered(trainer, trainer.callbacks[-1].steps),
-            "weights": gathered(trainer, digest(trainer)), "kind": type(next(trainer.model.parameters())).__name__}
+            "weights": gathered(trainer, digest(trainer)), "held": gathered(trainer, sum(held(p) for p in trainer.model.parameters()))}
+
+
+def held(p):
+    "How many numbers of a parameter this process keeps."
+    return (p.to_local() if hasattr(p, "to_local") else getattr(p, "ds_tensor", p)).numel()
 
 
 def run(folder, **kw):
@@ -138,9 +143,19 @@ def refusals():
 
 
 def variants(out):
-    "Losses of other settings: one micro-batch, recomputed activations, Muon, bf16; and the optimizer's names."
-    chosen = {"whole": {"micro_batch": 0}, "recompute": {"recompute": True}, "muon": {"optimizer": "muon"}, "bf16": {"precision": "bf16"}}
-    return {name: [r["loss"] for r in run(None, steps=3, **kw).history] for name, kw in chosen.items()}
+    "Losses of other settings: one micro-batch, recomputed activations, Muon, bf16, a part of the weights frozen; or why they were refused."
+    def losses(kw):
+        try:
+            return [r["loss"] for r in run(None, steps=3, **kw).history]
+        except UserError as e:
+            return str(e)
+
+    torch.manual_seed(0)
+    frozen = Transformer(ModelConfig(51, dim=32, n_layers=2, n_heads=2, max_seq_len=16))
+    for p in frozen.layers[0].parameters():
+        p.requires_grad_(False)
+    chosen = {"whole": {"micro_batch": 0}, "recompute": {"recompute": True}, "muon": {"optimizer": "muon"}, "bf16": {"precision": "bf16"}, "frozen": {"model": frozen}}
+    return {name: losses(kw) for name, kw in chosen.items()}
 
 
 def deserted(out):
@@ -153,20 +168,23 @@ def deserted(out):
     (out / "nobody noticed").touch()
 
 
-def main(mode, folder):
+def main(mode, folder, last=True):
     torch.set_num_threads(1)
+    if mode.startswith("zero"):
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = mode.removeprefix("zero")
     out = Path(folder) / mode
     done = {"run": whole(out), "resumed": goes_on(out / "resumed", out / "run"), "guarded": guarded(out), "stopped": stopped(out), "variants": variants(out)}
     if mode != "one":
         done["refused"] = refusals()
-    for other in ("one", "ddp", "fsdp"):      # those that have run before this one
-        if other != mode and (Path(folder) / f"{other}.json").exists():
-            done[f"from_{other}"] = goes_on(out / f"from_{other}", Path(folder) / other / "run")
+    for other in {"ddp": ["one"], "fsdp": ["one", "ddp"], "zero2": ["one", "ddp"], "zero3": ["fsdp", "zero2"]}.get(mode, []):
+        done[f"from_{other}"] = goes_on(out / f"from_{other}", Path(folder) / other / "run")
     if int(os.environ.get("RANK", "0")) == 0:
         (Path(folder) / f"{mode}.json").write_text(json.dumps(done))
-    if mode != "one":
+    if mode != "one" and last:
         deserted(out)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    modes = sys.argv[1].split(",")
+    for mode in modes:
+        main(mode, sys.argv[2], last=mode == modes[-1])

@@ -1,4 +1,4 @@
-"""One trainer on one process, on two with DDP, on two with FSDP2: the same losses, the same decisions, checkpoints that fit all of them."""
+"""One trainer on one process, on two with DDP, FSDP2, DeepSpeed's ZeRO-2 and ZeRO-3: the same losses, the same decisions, checkpoints that fit all of them."""
 import json
 import math
 import os
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,11 @@ from llm_course.trainer import make_accelerator
 from safetensors.torch import load_file
 
 PROGRAM = Path(__file__).with_name("processes.py")
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "LLM_COURSE_SHARD_ON_CPU": "1"}
+ON_CPU = {"ACCELERATE_USE_CPU": "yes"}
+LAUNCHES = {"one": ON_CPU, "ddp": ON_CPU, "fsdp": ON_CPU | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "LLM_COURSE_SHARD_ON_CPU": "1"},
+            "zero2,zero3": {"ACCELERATE_USE_DEEPSPEED": "true"}}
+if find_spec("deepspeed") is None or torch.cuda.is_available():      # with GPUs about, DeepSpeed would take them
+    del LAUNCHES["zero2,zero3"]
 
 
 def free_port() -> int:
@@ -28,31 +33,37 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(mode: str, folder: Path) -> list[subprocess.Popen]:
+class Ran(dict):
+    "What each mode did; a test of one that could not run here is skipped."
+    def __missing__(self, mode):
+        pytest.skip("DeepSpeed is not installed here" if mode.startswith("zero") else f"{mode} did not run")
+
+
+def start(modes: str, folder: Path) -> list[subprocess.Popen]:
     "The program, as a launcher would start it; without one, nobody ends the others when a process dies."
-    env = ENV | {"ACCELERATE_USE_CPU": "yes"} | (SHARDED if mode == "fsdp" else {})
-    each = [{}] if mode == "one" else [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for r in range(2)]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if mode != "one" else {}
-    return [subprocess.Popen([sys.executable, PROGRAM, mode, folder], env=env | where | e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in each]
+    each = [{}] if modes == "one" else [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for r in range(2)]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if modes != "one" else {}
+    return [subprocess.Popen([sys.executable, PROGRAM, modes, folder], env=ENV | LAUNCHES[modes] | where | e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in each]
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> dict[str, dict]:
+def ran(tmp_path_factory) -> Ran:
     "What each mode did; the exit codes, and the seconds that the others needed after one process had gone."
-    folder, results = tmp_path_factory.mktemp("processes"), {}
-    for mode in ("one", "ddp", "fsdp"):
-        processes, said, gone = start(mode, folder), "", None
+    folder, results = tmp_path_factory.mktemp("processes"), Ran()
+    for modes in LAUNCHES:
+        processes, said, gone = start(modes, folder), "", None
         try:
-            if mode != "one":
+            if modes != "one":
                 processes[-1].wait(timeout=300)
                 gone = time.monotonic()
-            said = processes[0].communicate(timeout=300 if mode == "one" else 60)[0]
+            said = processes[0].communicate(timeout=300 if modes == "one" else 60)[0]
         finally:
             for p in processes:
                 p.kill()
-        assert (folder / f"{mode}.json").exists(), said[-3000:]
-        results[mode] = json.loads((folder / f"{mode}.json").read_text())
-        results[mode] |= {"codes": [p.wait() for p in processes], "after": gone and time.monotonic() - gone, "folder": folder / mode, "said": said}
+        for mode in modes.split(","):
+            assert (folder / f"{mode}.json").exists(), said[-3000:]
+            results[mode] = json.loads((folder / f"{mode}.json").read_text())
+            results[mode] |= {"codes": [p.wait() for p in processes], "after": gone and time.monotonic() - gone, "folder": folder / mode, "said": said}
     return results
 
 
@@ -65,11 +76,15 @@ def gap(a: dict[int, float], b: dict[int, float]) -> float:
     return max(abs(a[k] - b[k]) for k in a.keys() & b.keys())
 
 
-MODES, TWO = ("one", "ddp", "fsdp"), ("ddp", "fsdp")
+TWO = ("ddp", "fsdp", "zero2", "zero3")
+MODES = ("one", *TWO)
 
 
-def test_the_modes_are_what_they_say(ran):
-    assert [ran[m]["run"]["kind"] for m in MODES] == ["Parameter", "Parameter", "DTensor"]
+@pytest.mark.parametrize("mode", MODES)
+def test_the_modes_are_what_they_say(ran, mode):
+    "Each process keeps all weights, or half of them and some filling."
+    whole, held = ran["one"]["run"]["held"][0], ran[mode]["run"]["held"]
+    assert all(abs(h / whole - 0.5) < 0.02 for h in held) and sum(held) >= whole if mode in ("fsdp", "zero3") else set(held) == {whole}
 
 
 @pytest.mark.parametrize("mode", TWO)
@@ -80,8 +95,9 @@ def test_two_processes_have_the_losses_of_one(ran, mode):
     assert curve(one, "tokens") == curve(two, "tokens") and curve(one, "rows") == curve(two, "rows")      # metrics are sums over all processes
 
 
-def test_sharded_equals_replicated(ran):
-    assert gap(curve(ran["ddp"]["run"]), curve(ran["fsdp"]["run"])) < 1e-6
+@pytest.mark.parametrize("mode", TWO[1:])
+def test_divided_equals_replicated(ran, mode):
+    assert gap(curve(ran["ddp"]["run"]), curve(ran[mode]["run"])) < 1e-6
 
 
 def test_the_learning_rate_does_not_know_the_number_of_processes(ran):
@@ -104,7 +120,8 @@ def test_a_resumed_run_ends_in_the_same_bits(ran, mode):
     assert gap(curve(whole), curve(resumed)) == 0 and min(curve(resumed)) == 4
 
 
-@pytest.mark.parametrize("mode, source", [("ddp", "one"), ("fsdp", "one"), ("fsdp", "ddp"), ("one", "ddp"), ("one", "fsdp")])
+@pytest.mark.parametrize("mode, source", [("ddp", "one"), ("fsdp", "one"), ("fsdp", "ddp"), ("one", "ddp"), ("one", "fsdp"), ("zero2", "one"), ("zero2", "ddp"),
+                                          ("zero3", "fsdp"), ("zero3", "zero2"), ("one", "zero2"), ("one", "zero3")])
 def test_a_checkpoint_fits_any_number_of_processes(ran, mode, source):
     "From one process to two, from two to one, from replicated to sharded and back: the same examples, the same losses."
     if mode == "one":      # in this process
@@ -150,8 +167,11 @@ def test_a_signal_to_one_process_stops_all(ran, mode):
 
 @pytest.mark.parametrize("mode", TWO)
 def test_other_settings(ran, mode):
-    for name, most in (("whole", 1e-6), ("recompute", 1e-6), ("muon", 2e-4), ("bf16", 5e-3)):      # Muon computes in bf16 inside
+    for name, most in (("whole", 1e-6), ("recompute", 1e-6), ("frozen", 1e-6), ("muon", 2e-4), ("bf16", 5e-3)):      # Muon computes in bf16 inside
         one, two = ran["one"]["variants"][name], ran[mode]["variants"][name]
+        if name == "muon" and mode.startswith("zero"):
+            assert "flat vectors" in two and "adamw" in two
+            continue
         assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < most, name
 
 
@@ -167,10 +187,10 @@ def test_evaluation_and_agreement(ran, mode):
 def test_what_the_start_refuses(ran, mode):
     said = ran[mode]["refused"]
     assert "number of examples" in said["data"] and "settings" in said["settings"] and "set batch_size to 2" in said["few"]
-    assert ("no multiple of the 2 processes" in said["odd"]) == (mode == "fsdp")
+    assert ("no multiple of the 2 processes" in said["odd"]) == (mode != "ddp")
 
 
-@pytest.mark.parametrize("mode", TWO)
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "zero3"])
 def test_a_process_that_dies_ends_the_others(ran, mode):
     "No launcher is there to kill them: the next message that does not come does."
     assert ran[mode]["codes"][1] == 9 and ran[mode]["codes"][0] not in (0, None) and ran[mode]["after"] < 60
