@@ -308,8 +308,8 @@ def check_division(card: Card, devices: int, mode: str, batch_size: int) -> None
         raise UserError(f"mode=single is for one device, not for {devices}; choose ddp or fsdp")
     if mode == "fsdp" and (devices == 1 or not card.peak):
         raise UserError(f"mode=fsdp divides the weights among several GPUs, not on {devices} {card.name}; choose {'single' if devices == 1 else 'ddp'}, or more GPUs with --n")
-    if "weights" in SHARDED[mode] and batch_size % devices:
-        raise UserError(f"a batch of {batch_size} rows is no multiple of {devices} devices; divided weights need as many passes on each: set pretrain.batch_size={devices * max(1, batch_size // devices)}, or choose ddp")
+    if "gradients" in SHARDED[mode] and batch_size % devices:
+        raise UserError(f"a batch of {batch_size} rows is no multiple of {devices} devices; divided gradients need as many passes on each: set pretrain.batch_size={devices * max(1, batch_size // devices)}, or choose ddp")
 
 # %% ../nbs/05a_scale.ipynb #0de1498f
 def plan_text(p: Plan, disk: dict[str, float] | None = None) -> str:

@@ -243,7 +243,7 @@ def test_batches_are_divided_as_by_the_trainer(batch, micro, devices):
 @pytest.mark.parametrize(("argv", "said"), [
     (["--gpu", "h900"], "choose one of b200"), (["--size", "giant"], "choose one of laptop"), (["--n", "2", "--mode", "magic"], "choose one of single"), (["--n", "0"], "--n from 1 to 256"),
     (["--mfu", "0"], "mfu=0"), (["--tokens", "nan"], "--tokens nan"), (["--rate", "0"], "rate=0"), (["--set", "model.dimm=3"], "did you mean model.dim"), (["--price", "-1"], "price=-1"),
-    (["--n", "4", "--mode", "single"], "choose ddp or fsdp"), (["--size", "cluster", "--n", "3", "--mode", "fsdp"], "pretrain.batch_size=255"), (["--n", "1", "--mode", "fsdp"], "several GPUs"),
+    (["--n", "4", "--mode", "single"], "choose ddp or fsdp"), (["--size", "cluster", "--n", "3", "--mode", "fsdp"], "pretrain.batch_size=255"), (["--n", "3", "--mode", "zero2"], "no multiple of 3"), (["--n", "1", "--mode", "fsdp"], "several GPUs"),
     (["--gpu", "cpu", "--n", "2", "--mode", "fsdp"], "choose ddp")])
 def test_plan_says_what_is_wrong(argv, said, capsys):
     assert main(["plan", *argv]) == 2
