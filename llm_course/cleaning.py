@@ -164,7 +164,7 @@ class Block:
     linked: int
     element: int
 
-
+# %% ../nbs/02_cleaning.ipynb #5f443f79
 class Page:
     """A page's `blocks`, and of each element its `parent`, and whether its tag or names say that it stands at the `side`; in one pass.
 
@@ -445,7 +445,6 @@ def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
     return 0.0 if p == 0 else low, 1.0 if p == 1 else high  # exactly, where rounding would leave a trace
-
 
 # %% ../nbs/02_cleaning.ipynb #25aca9af
 def repair_scores(docs: Sequence[dict], kinds: dict[str, str]) -> dict[str, dict[str, float]]:

@@ -143,6 +143,21 @@ def packable(model: Transformer) -> bool:
     plain = all(m is None or type(m) in (nn.Linear, Linear) for m in (*maps, model.lm_head))
     return plain and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
 
+# %% ../nbs/04a_generation.ipynb #7ba6121f
+def _packed_layer(b: nn.Module, pack: Callable) -> tuple:
+    "A block, its two norms, and its maps, those of one input merged: queries, keys and values; output; gate and up; down."
+    a, f = b.self_attn, b.mlp
+    up = [f.gate_proj, f.up_proj] if f.gate_proj is not None else [f.up_proj]
+    return b, _fast_norm(b.input_layernorm), _fast_norm(b.post_attention_layernorm), pack([a.q_proj, a.k_proj, a.v_proj]), pack([a.o_proj]), pack(up), pack([f.down_proj])
+
+
+def _gated(mlp: nn.Module, y: Tensor) -> Tensor:
+    "The activation, applied to what gate and up projection give side by side."
+    if mlp.gate_proj is None:
+        return mlp.act(y)
+    gate, up = y.chunk(2, -1)
+    return mlp.act(gate) * up
+
 # %% ../nbs/04a_generation.ipynb #d4ea388e
 class PackedModel:
     """A `Transformer` arranged for generation on a CPU: the same arithmetic in fewer and faster calls, on a copy of the weights.
@@ -154,12 +169,7 @@ class PackedModel:
         if not packable(model):
             raise UserError("only a plain float32 model on a CPU can be packed; merge its adapters first, or use the model as it is")
         self.config, self.model, self.embed_tokens, pack = model.config, model, model.embed_tokens, partial(pack_linear, rows=rows)
-        self.layers = []
-        for b in model.layers:
-            a, f = b.self_attn, b.mlp
-            up = [f.gate_proj, f.up_proj] if f.gate_proj is not None else [f.up_proj]
-            self.layers.append((b, _fast_norm(b.input_layernorm), _fast_norm(b.post_attention_layernorm),
-                                pack([a.q_proj, a.k_proj, a.v_proj]), pack([a.o_proj]), pack(up), pack([f.down_proj])))
+        self.layers = [_packed_layer(b, pack) for b in model.layers]
         self.norm, self.head = _fast_norm(model.norm), pack([model.embed_tokens if model.lm_head is None else model.lm_head])
         if self.config.positions == "rope":
             first, second = model.rope_sin.chunk(2, -1)
@@ -183,9 +193,9 @@ class PackedModel:
         block, n1, n2, qkv, out, up, down = layer
         if block.pre:
             x = x + out(self._attend(i, block.self_attn, qkv(n1(x)), rope, mask, cache))
-            return x + down(self._gate(block.mlp, up(n2(x))))
+            return x + down(_gated(block.mlp, up(n2(x))))
         x = n1(x + out(self._attend(i, block.self_attn, qkv(x), rope, mask, cache)))
-        return n2(x + down(self._gate(block.mlp, up(x))))
+        return n2(x + down(_gated(block.mlp, up(x))))
 
     def _attend(self, i: int, attention: nn.Module, y: Tensor, rope, mask, cache) -> Tensor:
         (B, T, _), H, Hkv, D = y.shape, self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
@@ -198,13 +208,6 @@ class PackedModel:
         k, v = (qk[:, H:], v) if cache is None else cache.extend(i, qk[:, H:], v)
         y = F.scaled_dot_product_attention(qk[:, :H], k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H != Hkv)
         return y.transpose(1, 2).reshape(B, T, -1)
-
-    @staticmethod
-    def _gate(mlp: nn.Module, y: Tensor) -> Tensor:
-        if mlp.gate_proj is None:
-            return mlp.act(y)
-        gate, up = y.chunk(2, -1)
-        return mlp.act(gate) * up
 
 # %% ../nbs/04a_generation.ipynb #826d92b2
 @contextmanager

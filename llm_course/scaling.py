@@ -10,6 +10,7 @@ __all__ = ['LR_AT_64', 'LR_POWER', 'power_law', 'SizedRun', 'knob', 'Law', 'comp
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
@@ -21,9 +22,12 @@ from .step import TrainConfig
 # %% ../nbs/05b_scaling.ipynb #5e722921
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     "Factor c and exponent p of y = c x^p, by least squares on the logarithms. Raises UserError for fewer than two points or numbers not above 0."
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(x) != len(y) or len(set(x.tolist())) < 2:
-        raise UserError(f"{len(x)} values of x and {len(y)} of y: a line needs two points at different x")
+    try:
+        x, y = np.asarray(x, float), np.asarray(y, float)
+    except (TypeError, ValueError):
+        raise UserError(f"x={str(x)[:80]}, y={str(y)[:80]}: a power law needs two lists of numbers") from None
+    if x.ndim != 1 or y.ndim != 1 or len(x) != len(y) or len(set(x.tolist())) < 2:
+        raise UserError(f"{x.size} values of x and {y.size} of y: a line needs two points at different x")
     if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
         raise UserError("a power law needs finite numbers above 0 on both axes; subtract the floor of the loss only where that leaves something")
     p, log_c = np.polyfit(np.log(x), np.log(y), 1)
@@ -58,10 +62,12 @@ def knob(depth: int, vocab_size: int = 32_768, width: int = 64, context: int = 1
         raise UserError(f"depth={depth!r}: give a whole number of layers from 1 to 256, for instance knob(12)")
     if not isinstance(width, int) or width < 2 or width % 2:
         raise UserError(f"width={width}: channels a layer must be an even number of at least 2 (rotary positions turn pairs), for instance 64")
-    if not 0 <= tokens < math.inf:
+    if not isinstance(context, int) or isinstance(context, bool):
+        raise UserError(f"context={context!r}: give a whole number of tokens, for instance 1024")
+    if not (isinstance(tokens, Real) and 0 <= tokens < math.inf):
         raise UserError(f"tokens={tokens}: must be a number of tokens, or 0 for tokens_per_parameter")
     for name, value in (("tokens_per_parameter", tokens_per_parameter), ("batch_factor", batch_factor)):
-        if not 0 < value < math.inf:
+        if not (isinstance(value, Real) and 0 < value < math.inf):
             raise UserError(f"{name}={value}: must be a number above 0")
     model = ModelConfig(vocab_size, dim=width * depth, n_layers=depth, n_heads=depth, max_seq_len=context)
     n = count_parameters(model)["total"]
@@ -86,7 +92,9 @@ class Law:
     beta: float
 
     def loss(self, N: float | np.ndarray, D: float | np.ndarray) -> float | np.ndarray:
-        "The loss that the law predicts, in nats a token, for a size and a number of tokens or for arrays of them."
+        "The loss that the law predicts, in nats a token, for a size and a number of tokens or for arrays of them. Raises UserError for numbers not above 0."
+        if not (np.all(np.greater(N, 0)) and np.all(np.greater(D, 0))):
+            raise UserError(f"a law has no loss for {N} parameters after {D} tokens: both must be above 0")
         return self.E + self.A / np.power(N, self.alpha) + self.B / np.power(D, self.beta)
 
 # %% ../nbs/05b_scaling.ipynb #adc7f171
@@ -94,8 +102,8 @@ def compute_optimal(law: Law, flops: float) -> tuple[float, float]:
     """Parameters and tokens with the lowest loss for `flops` = 6 N D operations (Hoffmann et al., 2022, equation 4).
 
     Raises UserError for a budget or a law without an optimum inside."""
-    if not (flops > 0 and law.alpha > 0 and law.beta > 0 and law.A > 0 and law.B > 0):
-        raise UserError(f"flops={flops:g} with {law}: budget, exponents and factors must be above 0, or the best size is none or endless")
+    if not (0 < flops < math.inf and law.alpha > 0 and law.beta > 0 and 0 < law.A < math.inf and 0 < law.B < math.inf):
+        raise UserError(f"flops={flops:g} with {law}: budget, exponents and factors must be above 0 and finite, or the best size is none or endless")
     G = (law.alpha * law.A / (law.beta * law.B)) ** (1 / (law.alpha + law.beta))
     N = G * (flops / 6) ** (law.beta / (law.alpha + law.beta))
     return N, flops / 6 / N
@@ -141,18 +149,26 @@ def _descend(theta: np.ndarray, runs: tuple, counts: np.ndarray, delta: float, r
     return theta, best
 
 # %% ../nbs/05b_scaling.ipynb #b00d3ba8
+def _numbers(runs: Sequence[dict], *keys: str) -> list[np.ndarray]:
+    "The named fields of runs, one array each. Raises UserError that names the first run where one is missing, or not a finite number above 0."
+    rows = []
+    for i, run in enumerate(runs):
+        try:
+            rows.append([float(run[k]) for k in keys])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise UserError(f"run {i} is {str(run)[:200]}; each needs numbers as {', '.join(keys)}: mend its record or leave it out") from None
+        if not all(0 < v < math.inf for v in rows[-1]):
+            raise UserError(f"run {i} has {', '.join(f'{k}={v:g}' for k, v in zip(keys, rows[-1]))}; all must be finite and above 0: leave failed runs out")
+    return [np.array(column) for column in zip(*rows)] if rows else [np.zeros(0)] * len(keys)
+
+
 def _columns(runs: Sequence[dict], size: str) -> tuple[np.ndarray, ...]:
-    "Parameters, tokens and loss of runs, checked."
-    try:
-        N, D, L = (np.array([float(r[k]) for r in runs]) for k in (size, "tokens", "loss"))
-    except KeyError as e:
-        raise UserError(f"a run has no {e}; each needs {size}, tokens and loss") from None
-    bad = ~(np.isfinite(N * D * L) & (N > 0) & (D > 0) & (L > 0))
-    if bad.any():
-        i = int(np.flatnonzero(bad)[0])
-        raise UserError(f"run {i} has {size}={N[i]:g}, tokens={D[i]:g}, loss={L[i]:g}; all must be finite and above 0: leave failed runs out")
+    "Parameters, tokens and loss of runs, checked: there must be enough of them, and sizes that do not only grow with the tokens."
+    N, D, L = _numbers(runs, size, "tokens", "loss")
     if len(N) < 6 or len(set(N)) < 3 or len(set(D)) < 3:
         raise UserError(f"{len(N)} runs of {len(set(N))} sizes and {len(set(D))} budgets cannot hold five constants; give at least 6 runs, 3 sizes, 3 budgets")
+    if np.corrcoef(np.log(N), np.log(D))[0, 1] > 0.999:
+        raise UserError(f"all {len(N)} runs have tokens in step with their size, so nobody can say which of the two lowered the loss; give several sizes for one budget")
     return N, D, L
 
 
@@ -164,6 +180,8 @@ def _starts(L: np.ndarray) -> np.ndarray:
 
 def _law(theta: np.ndarray, centre: tuple[float, float]) -> Law:
     e, a, b, alpha, beta = theta.tolist()
+    if max(abs(e), abs(a + alpha * centre[0]), abs(b + beta * centre[1])) > 700:      # e^710 is beyond the largest number
+        raise UserError("the runs do not hold the law: a constant left the range of numbers; give more sizes, more budgets, or runs that scatter less")
     return Law(math.exp(e), math.exp(a + alpha * centre[0]), math.exp(b + beta * centre[1]), alpha, beta)
 
 
@@ -171,13 +189,15 @@ def fit_law(runs: Sequence[dict], size: str = "parameters", delta: float = 1e-3)
     """The `Law` closest to `runs`, dicts with `size`, `tokens` and `loss`: Huber loss of the logarithms, from some thousand starts.
 
     This is the third approach of Hoffmann et al. (2022), with their `delta`: errors of the logarithm up to it count squared, larger ones
-    linearly. Raises UserError for too few runs, sizes or budgets."""
+    linearly. Raises UserError for damaged runs, too few of them, too few sizes or budgets, and sizes in step with the tokens."""
     return _fits(runs, size, delta)[0]
 
 # %% ../nbs/05b_scaling.ipynb #e7727bcd
 def _fits(runs: Sequence[dict], size: str, delta: float, times: int = 0, seed: int = 0) -> list[Law]:
     "The law of the runs, then those of `times` resamples of them."
     N, D, L = _columns(runs, size)
+    if not 1e-9 <= delta < math.inf:
+        raise UserError(f"delta={delta}: must be an error of a logarithm, from 1e-9 on; 1e-3 is what the source takes")
     ln_n, ln_d, ln_l = np.log(N), np.log(D), np.log(L)
     centre = ln_n.mean(), ln_d.mean()
     data = ln_n - centre[0], ln_d - centre[1], ln_l
@@ -200,13 +220,15 @@ def bootstrap(runs: Sequence[dict], times: int = 300, size: str = "parameters", 
 
     Runs of several seeds at one size and budget are runs like others. Each fit starts from eleven points around that of all runs. Raises
     UserError as `fit_law`, and for less than two times."""
-    if times < 2:
-        raise UserError(f"times={times}: an interval needs at least two resamples; 300 give steady ones")
+    if not isinstance(times, int) or times < 2:
+        raise UserError(f"times={times}: a whole number; an interval needs at least two resamples; 300 give steady ones")
     return _fits(runs, size, delta, times, seed)[1:]
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    "Lower and upper end of the middle share `level` of values, for instance of a constant over the laws of `bootstrap`."
+    "Lower and upper end of the middle share `level` of values, for instance of a constant over the laws of `bootstrap`. Raises UserError for no values, or values that are not finite."
+    if not len(values) or not np.isfinite(values).all() or not 0 < level < 1:
+        raise UserError(f"{len(values)} values, level={level}: an interval needs finite values, and a level between 0 and 1; leave failed fits out")
     low, high = np.quantile(np.asarray(values, float), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -215,18 +237,19 @@ def isoflop_minima(runs: Sequence[dict], size: str = "parameters") -> list[dict]
     """For each `level` (operations) of the runs the vertex of the parabola through loss over the logarithm of size.
 
     Returns dicts of `level`, `parameters`, `tokens`, `loss`, `inside` (is the vertex between the smallest and the largest size?) and `curve`
-    (its three coefficients). This is the second approach of Hoffmann et al. (2022). Levels of fewer than 4 sizes are left out; raises
-    UserError if none is left."""
-    found = []
-    for level in sorted({r["level"] for r in runs}):
-        mine = [r for r in runs if r["level"] == level]
-        if len({r[size] for r in mine}) < 4:
+    (its three coefficients). This is the second approach of Hoffmann et al. (2022). Levels of fewer than 4 sizes are left out. Raises
+    UserError for damaged runs, and if no level is left."""
+    found, (levels, sizes, losses) = [], _numbers(runs, "level", size, "loss")
+    for level in sorted(set(levels.tolist())):
+        mine = levels == level
+        if len(set(sizes[mine].tolist())) < 4:
             continue
-        x, y = np.log([r[size] for r in mine]), np.array([r["loss"] for r in mine])
+        x, y = np.log(sizes[mine]), losses[mine]
         a, b, c = np.polyfit(x, y, 2)
-        vertex = -b / (2 * a) if a > 0 else float(x[y.argmin()])
+        opens = a > 0 and abs(b / (2 * a)) < 300               # a parabola that is all but a line has its vertex beyond the largest number
+        vertex = -b / (2 * a) if opens else float(x[y.argmin()])
         found.append({"level": level, "parameters": math.exp(vertex), "tokens": level / 6 / math.exp(vertex), "loss": float(np.polyval((a, b, c), vertex)),
-                      "inside": bool(a > 0 and x.min() < vertex < x.max()), "curve": [float(v) for v in (a, b, c)]})
+                      "inside": bool(opens and x.min() < vertex < x.max()), "curve": [float(v) for v in (a, b, c)]})
     if not found:
         raise UserError("no level has runs of four sizes; a parabola through three points proves nothing")
     return found
@@ -236,7 +259,9 @@ def predict(law: Law, resampled: Sequence[Law], runs: Sequence[dict], N: float, 
     """The loss of a run not yet made: `{"loss", "low", "high"}`, an interval of 95 %.
 
     It covers two doubts: where the law lies (the `resampled` laws) and how far single runs fall from it (20 residuals of `runs`, drawn for
-    each law and widened for the five constants that were fitted). `N` is counted as the field `size` of the runs. Raises UserError as `fit_law`."""
+    each law and widened for the five constants that were fitted). `N` is counted as the field `size` of the runs. Raises UserError as `fit_law`, and for no laws."""
+    if not len(resampled):
+        raise UserError("no resampled laws: the interval needs those of bootstrap(runs)")
     n, d, loss = _columns(runs, size)
     rest = np.log(loss) - np.log(law.loss(n, d))
     rest *= math.sqrt(len(rest) / max(1, len(rest) - 5))

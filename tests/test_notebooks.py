@@ -46,6 +46,16 @@ def test_shape(path):
         assert any("#| default_exp" in c["source"] for c in found)
 
 
+def test_each_entry_of_the_box_is_a_paragraph():
+    "What you will build, need, and how long it takes: pandoc, which renders the site, joins lines that no blank line parts."
+    pandoc = pytest.importorskip("pypandoc")
+    boxes = {p.stem: re.search(r"^::: {\.callout-note}\n## In this chapter\n.*?^:::$", "\n".join(c["source"] for c in cells(p)), re.M | re.S)[0] for p in NOTEBOOKS if p.stem != "00_index"}
+    rendered = pandoc.convert_text("\n\n".join(f"# {name}\n\n{box}" for name, box in boxes.items()), "html", format="markdown")
+    joined = [name for name, html in re.findall(r"<h1[^>]*>(\w+)</h1>(.*?)(?=<h1|\Z)", rendered, re.S)
+              if len(found := re.findall(r"<p><strong>(You will build|You need|Takes)</strong>", html)) != 3 or len(set(found)) != 3]
+    assert rendered.count("<h1") == len(boxes) and not joined, joined
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_links_resolve(path):
     for cell in cells(path):

@@ -430,6 +430,48 @@ def test_the_largest_id_is_kept(tmp_path, vocab, dtype):
         assert not (tmp_path / "bad.bin").exists()
 
 
+@pytest.mark.parametrize("step", range(6))
+def test_a_kill_while_an_older_file_is_replaced(tmp_path, monkeypatch, step):
+    "Old and new are of one size, of two vocabularies. Whatever step is the last, a file that reads as good has its own notes, and one that stands there reads."
+    path, left = tmp_path / "t.bin", step
+    write_tokens(path, [[0, 40, 41, 42]], V)
+
+    def dying(real):
+        def call(*args, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+        return call
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", dying(os.replace))
+        m.setattr(Path, "unlink", dying(Path.unlink))
+        m.setattr(Path, "write_text", dying(Path.write_text))
+        try:
+            write_tokens(path, [[0, 1, 2, 3]], 10)
+        except KeyboardInterrupt:
+            pass
+    if path.exists():
+        found = TokenFile(path)
+        assert (found[:].tolist(), found.vocab_size) in (([0, 40, 41, 42], V), ([0, 1, 2, 3], 10))
+
+
+def test_nothing_is_left_of_a_file_that_was_refused(tmp_path):
+    with pytest.raises(UserError, match="token 100"):
+        write_tokens(tmp_path / "t.bin", [[0, 1], [100]], 10)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="cannot write"):
+        write_tokens(tmp_path / "missing" / "t.bin", [[0, 1]], 10)
+
+
+def test_a_report_on_nothing():
+    for rows, lengths in (([], []), ([], [3]), (pad_each([0, 0], 6), [0, 0])):
+        with pytest.raises(UserError, match="nothing to report on"):
+            filling_report(rows, lengths, 6)
+
+
 def notes(path, **change):
     return lambda: Path(f"{path}.json").write_text(json.dumps(json.loads(Path(f"{path}.json").read_text()) | change))
 

@@ -122,6 +122,83 @@ def test_a_real_step_needs_what_was_estimated():
     assert both["measured"] < plain["measured"] * 0.7
 
 
+COPIES = """
+import json, os, torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from llm_course.model import ModelConfig, Transformer
+from llm_course.packing import packed_loss
+from llm_course.step import recompute_activations
+torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+
+class Copies(TorchDispatchMode):
+    "Bytes of the bf16 copies of weights (here all matrices are larger than any activation), by phase."
+    phase, made = "forward", {"forward": 0, "backward": 0}
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        if f is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16 and out.dim() == 2 and min(out.shape) >= 64:
+            self.made[self.phase] += 2 * out.numel()
+        return out
+
+found = []
+for recompute in (False, True):
+    model = Transformer(ModelConfig(512, dim=64, n_layers=4, n_heads=4, max_seq_len=8))
+    recompute_activations(model, recompute)
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+    ids = torch.randint(512, (1, 8))
+    Copies.made = {"forward": 0, "backward": 0}
+    with Copies() as seen, torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = packed_loss(model, {"input_ids": ids, "labels": ids, "doc_ids": torch.zeros_like(ids)})[0]
+        seen.phase = "backward"
+        loss.backward()
+    found.append(Copies.made)
+print(json.dumps(found))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_copies_in_bf16_outlive_a_fetched_layer():
+    "Under autocast each fetched weight is turned into bf16 once in a step, and the backward pass finds the copy: all of them stand on every device, divided weights or not."
+    done = subprocess.run([sys.executable, "-c", COPIES], env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    c = ModelConfig(512, dim=64, n_layers=4, n_heads=4, max_seq_len=8)
+    for mode in ("single", "fsdp"):
+        more = estimate_memory(c, 1, mode=mode, processes=8, bf16=True).buffers - estimate_memory(c, 1, mode=mode, processes=8).buffers
+        assert json.loads(done.stdout.splitlines()[-1]) == [{"forward": more, "backward": 0}] * 2
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_fetched_weights_travel_in_float32(micro_batches):
+    c = ModelConfig(512, dim=64, n_layers=4, n_heads=4, max_seq_len=8)
+    n = count_parameters(c)["total"]
+    assert traffic(c, "fsdp", 8, micro_batches) == {"fetch weights": micro_batches * 7 * n, "send gradients": micro_batches * 3.5 * n, "total": micro_batches * 10.5 * n}
+
+
+def test_the_peak_is_that_of_the_precision_that_will_run():
+    at = lambda card, *changes: make_plan(resolve("cluster", list(changes)), card)
+    for card, precision, bf16, tflops in (("t4", "auto", False, 8.1), ("v100", "auto", False, 15.7), ("v100", "bf16", True, 15.7), ("a100", "auto", True, 312), ("a100", "bf16", True, 312), ("a100", "no", False, 19.5)):
+        plan, word = at(card, f"pretrain.precision={precision}"), "bf16" if tflops == 312 else "float32"
+        assert plan.bf16 == bf16 and f"{tflops:g} TFLOPS in {word}" in plan_text(plan)
+        assert plan.seconds == pytest.approx(at("h200").seconds * 989 / tflops, rel=1e-6)
+
+
+def test_pairs_where_no_single_change_is_enough():
+    "In the order of their cost; and dividing weights is no advice where the trainer would refuse it."
+    c = ModelConfig(32_768, dim=768, n_layers=12, n_heads=12, n_kv_heads=4, max_seq_len=2048)
+    need = lambda rows, mode, recompute: estimate_memory(c, rows, None, mode, 8, True, recompute).total
+    singles, pairs = [need(1, "ddp", False), need(16, "ddp", True), need(16, "fsdp", False)], [need(1, "ddp", True), need(1, "fsdp", False)]
+    assert max(pairs) < min(singles)
+    found = find_remedies(c, max(pairs), 8, "ddp", 16, True, False)
+    assert [f.split(" (")[0] for f in found] == ["--set pretrain.micro_batch=1 pretrain.recompute=true", "--set pretrain.micro_batch=1 --mode fsdp"]
+    assert len(find_remedies(c, max(pairs), 8, "ddp", 16, True, False, may_shard=False)) == 1
+    three = find_remedies(c, need(1, "fsdp", True), 8, "ddp", 16, True, False)
+    assert [f.split(" (")[0] for f in three] == ["--set pretrain.micro_batch=1 pretrain.recompute=true --mode fsdp"]
+    odd = make_plan(resolve("cluster", ["model.dim=3072", "model.n_heads=48", "pretrain.batch_size=250"]), "rtx4090", 8)
+    assert odd.remedies and "fsdp" not in " ".join(odd.remedies)
+
+
 models = st.builds(lambda v, heads, width, layers, T: ModelConfig(64 * v, dim=heads * width, n_layers=layers, n_heads=heads, max_seq_len=T),
                    st.integers(1, 2000), st.integers(1, 64), st.sampled_from([32, 64, 128]), st.integers(1, 80), st.sampled_from([64, 512, 4096]))
 
@@ -166,7 +243,8 @@ def test_batches_are_divided_as_by_the_trainer(batch, micro, devices):
 @pytest.mark.parametrize(("argv", "said"), [
     (["--gpu", "h900"], "choose one of b200"), (["--size", "giant"], "choose one of laptop"), (["--n", "2", "--mode", "magic"], "choose one of single"), (["--n", "0"], "--n from 1 to 256"),
     (["--mfu", "0"], "mfu=0"), (["--tokens", "nan"], "--tokens nan"), (["--rate", "0"], "rate=0"), (["--set", "model.dimm=3"], "did you mean model.dim"), (["--price", "-1"], "price=-1"),
-    (["--n", "4", "--mode", "single"], "choose ddp or fsdp")])
+    (["--n", "4", "--mode", "single"], "choose ddp or fsdp"), (["--size", "cluster", "--n", "3", "--mode", "fsdp"], "pretrain.batch_size=255"), (["--n", "3", "--mode", "zero2"], "no multiple of 3"), (["--n", "1", "--mode", "fsdp"], "several GPUs"),
+    (["--gpu", "cpu", "--n", "2", "--mode", "fsdp"], "choose ddp")])
 def test_plan_says_what_is_wrong(argv, said, capsys):
     assert main(["plan", *argv]) == 2
     error = capsys.readouterr().err

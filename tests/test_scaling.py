@@ -110,6 +110,41 @@ def test_a_failed_run_is_named(change, words):
         fit_law(runs)
 
 
+LAW = Law(1.5, 200, 800, 0.35, 0.4)
+RUNS = runs_of(LAW)
+ODD = {
+    "no runs": (lambda: fit_law([]), "0 runs"), "one size": (lambda: fit_law([r | {"parameters": 1e6} for r in RUNS]), "1 sizes.*at least 6 runs"),
+    "one ratio": (lambda: fit_law([r | {"tokens": 20 * r["parameters"]} for r in RUNS]), "several sizes for one budget"),
+    "a word for a loss": (lambda: fit_law([*RUNS, RUNS[0] | {"loss": "x"}]), "run 28 is .*mend its record"), "no loss": (lambda: fit_law([*RUNS, RUNS[0] | {"loss": None}]), "run 28 is"),
+    "an empty run": (lambda: fit_law([*RUNS, {}]), "run 28 is {}"), "a list": (lambda: fit_law([*RUNS, [1]]), r"run 28 is \[1\]"), "a number": (lambda: fit_law([*RUNS, 3]), "run 28 is 3"),
+    "delta 0": (lambda: fit_law(RUNS, delta=0), "delta=0"), "delta nan": (lambda: fit_law(RUNS, delta=math.nan), "delta=nan"), "times": (lambda: bootstrap(RUNS, 2.5), "times=2.5"),
+    "interval of nothing": (lambda: interval([]), "0 values"), "interval of nan": (lambda: interval([1, math.nan]), "finite"), "level": (lambda: interval([1, 2], 95), "level=95"),
+    "no level": (lambda: isoflop_minima([{"parameters": 1, "loss": 2}]), "run 0 is .*level, parameters, loss"), "no size": (lambda: isoflop_minima(RUNS, size="N"), "level, N, loss"),
+    "nan in a level": (lambda: isoflop_minima([*RUNS, RUNS[0] | {"loss": math.nan}]), "run 28 has.*loss=nan"), "size 0": (lambda: isoflop_minima([*RUNS, RUNS[0] | {"parameters": 0}]), "run 28 has"),
+    "level 0": (lambda: isoflop_minima([r | {"level": 0} for r in RUNS]), "run 0 has level=0"), "no parabola": (lambda: isoflop_minima(RUNS[:3]), "four sizes"),
+    "no laws": (lambda: predict(LAW, [], RUNS, 1e6, 1e8), "no resampled laws"), "no parameters": (lambda: predict(LAW, [LAW], RUNS, 0, 1e8), "above 0"),
+    "no tokens": (lambda: LAW.loss(1e6, np.array([1e6, 0])), "above 0"), "no budget": (lambda: compute_optimal(LAW, 0), "flops=0"), "endless budget": (lambda: compute_optimal(LAW, math.inf), "flops=inf"),
+    "words": (lambda: power_law(["a"], [1]), "lists of numbers"), "two dimensions": (lambda: power_law([[1, 2], [3, 4]], [1, 2]), "a line needs"), "numbers alone": (lambda: power_law(3, 4), "a line needs"),
+    "tokens": (lambda: knob(4, tokens="1e9"), "tokens=1e9"), "per parameter": (lambda: knob(4, tokens_per_parameter="20"), "must be a number"), "context": (lambda: knob(4, context=100.5), "context=100.5"),
+}
+
+
+@pytest.mark.parametrize("call, words", ODD.values(), ids=ODD)
+def test_odd_input_is_refused_in_words(call, words):
+    with pytest.raises(UserError, match=words):
+        call()
+
+
+def test_runs_may_come_one_by_one():
+    assert fit_law(r for r in RUNS) == fit_law(RUNS)
+
+
+def test_a_level_that_is_almost_a_line_has_no_vertex():
+    "Its parabola has one far beyond the largest number; the best run stands in for it."
+    found = isoflop_minima([{"level": 1e12, "parameters": 1e5 * 2**i, "loss": 3 - 0.1 * i + 1e-7 * i * i} for i in range(5)])[0]
+    assert not found["inside"] and found["parameters"] == pytest.approx(1.6e6)
+
+
 def test_parabolas_find_the_vertex_of_the_law():
     "On a narrow range around the best size the parabola's vertex is the best size of the law."
     law = Law(1.5, 200, 800, 0.35, 0.4)
