@@ -121,7 +121,7 @@ def _plan_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--tokens", type=float, metavar="N", help="tokens to read; short for --set pretrain.tokens=…")
     s.add_argument("--gpu", default="h200", help="h200 (default), h100, a100, l40s, rtx4090, … or cpu, whose speed is measured")
     s.add_argument("--n", type=int, default=1, help="how many of them (default: 1)")
-    s.add_argument("--mode", default="", help="ddp (default for several), fsdp; zero1, zero2 and zero3 only to compare, the trainer does not run them")
+    s.add_argument("--mode", default="", help="ddp (default for several), fsdp, or DeepSpeed's zero1, zero2, zero3")
     s.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="share of the peak that is reached (default: 0.4)")
     s.add_argument("--rate", type=float, metavar="N", help="tokens a second of all devices together, where you have measured it, in place of --mfu")
     s.add_argument("--price", type=float, metavar="P", help="what an hour of one device costs")

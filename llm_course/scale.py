@@ -53,11 +53,12 @@ def check_mode(mode: str) -> str:
     return mode.lower()
 
 # %% ../nbs/05a_scale.ipynb #67d41993
-def _buffers(c: ModelConfig, mode: str, bf16: bool) -> int:
-    "Copies that a mode and a precision need beside the weights: buckets to send gradients in, fetched layers, weights in bf16."
+def _buffers(c: ModelConfig, mode: str, bf16: bool, processes: int) -> int:
+    "Copies that a mode and a precision need beside the weights: buckets to send gradients in, fetched layers, weights in bf16, DeepSpeed's flat copy."
     n = count_parameters(c)
     layer, tables = (n["attention"] + n["feed-forward"]) // c.n_layers, n["embedding"] + n["output"]
     copies = 2 * (c.n_layers * layer + tables) if bf16 else 0      # autocast's: the backward pass needs them, so they outlive a layer's visit
+    copies += 4 * n["total"] // processes if mode.startswith("zero") else 0
     if "weights" in SHARDED[mode]:         # two layers (one computes, one arrives) and the tables, fetched whole in float32; gradients before they are sent
         return copies + 4 * (2 * layer + tables) + 4 * (layer + tables)
     return copies + (4 * n["total"] if mode != "single" else 0)
@@ -93,7 +94,7 @@ def estimate_memory(c: ModelConfig, batch: int, seq_len: int | None = None, mode
     loss = _loss_bytes(c, tokens, bf16, chunk)
     moving = tokens * 3 * (s * c.ffn_dim + 4 * c.dim) + recompute * layer      # gradients inside a layer, and the layer that comes back; not while the loss is there
     activations = rest + c.n_layers * (input_ if recompute else layer) + max(0, moving - loss)
-    return Memory(4 * n // share("weights"), 4 * n // share("gradients"), 8 * n // share("optimizer"), _buffers(c, mode, bf16), activations, loss)
+    return Memory(4 * n // share("weights"), 4 * n // share("gradients"), 8 * n // share("optimizer"), _buffers(c, mode, bf16, processes), activations, loss)
 
 # %% ../nbs/05a_scale.ipynb #63d2759a
 def traffic(c: ModelConfig, mode: str, processes: int, micro_batches: int = 1) -> dict[str, float]:
