@@ -96,7 +96,7 @@ class ZeroEngine:
 
     def __init__(self, accelerator: "Accelerator", model: nn.Module, optimizer: torch.optim.Optimizer):
         if type(optimizer) is not torch.optim.AdamW:
-            raise UserError("DeepSpeed gives the optimizer flat vectors, which Muon cannot orthogonalize; set optimizer='adamw', or use a configuration with FSDP2")
+            raise UserError("DeepSpeed gives the optimizer flat vectors, which Muon cannot orthogonalize; set optimizer='adamw' (--set pretrain.optimizer=adamw), or use a configuration with FSDP2")
         self.accelerator, self.model, self.names = accelerator, model, parameter_names(model)
         self.trained, self.scale = [p for p in model.parameters() if p.requires_grad], 1.0
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
