@@ -15,6 +15,7 @@ __all__ = ['KINDS', 'FORMS', 'STYLES', 'CARD_STYLES', 'DOCUMENT_SHARES', 'REPAIR
 import ast
 import inspect
 import json
+import os
 import random
 import re
 import string
@@ -734,6 +735,7 @@ def preference_rows(village: Village, n: int, split: str = "train", seed: int = 
 DOC_PACKAGES = ("torch", "numpy", "accelerate", "matplotlib", "jinja2", "tqdm")
 
 
+@cache
 def _python_files(package: str | None = None) -> list[Path]:
     "Source files of the standard library (None) or of an installed package, without tests, sorted."
     if package is None:
@@ -743,8 +745,14 @@ def _python_files(package: str | None = None) -> list[Path]:
         if spec is None or not spec.origin:
             return []
         root = Path(spec.origin).resolve().parent
+    return sorted(_walk(root))
+
+
+def _walk(root: Path) -> Iterator[Path]:
     skip = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "__pycache__", "_vendor", "_inductor", "pydoc_data", "encodings"}
-    return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+    for folder, inner, names in os.walk(root):
+        inner[:] = [f for f in inner if f not in skip]      # os.walk does not go into what is left out here
+        yield from (Path(folder, n) for n in names if n.endswith(".py") and n not in skip)
 
 
 def _parsed(files: list[Path], seed: int) -> Iterator[tuple[Path, str, ast.Module]]:

@@ -14,6 +14,7 @@ from llm_course.bpe import (BPE, BYTE_CHARS, char_ranges, count_words, encode_st
                             train_bpe, train_bpe_slowly, visible, vocabulary)
 from llm_course.reading import DataError, UserError
 from llm_course.world import make_village, village_documents
+from timing import assert_linear, cpu_seconds
 
 ANY = settings(max_examples=150, deadline=None, derandomize=True)
 CUT = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -196,15 +197,13 @@ UNITS = ["a ", "\\", "((", "\n", "é", "<a ", "'", "🙂", "<|end|>", "<|end"]
 def test_time_is_linear(unit):
     def seconds(size):
         text = unit * (size // len(unit.encode()))      # as many bytes of each: bytes are what is merged
-        fresh = BPE(MERGES, specials=SPECIALS)
-        start = time.process_time()
+        return cpu_seconds(work, text, BPE(MERGES, specials=SPECIALS))
+
+    def work(text, fresh):
         ids = fresh.encode(text, allow_special=True)
         assert len(list(encode_stream(fresh, (text[i:i + 5000] for i in range(0, len(text), 5000)), allow_special=True))) == len(ids)
         train_bpe([text], 5)
-        return time.process_time() - start
-    seconds(1000)
-    once, twice = (min(seconds(n) for _ in range(2)) for n in (100_000, 200_000))      # the better of two: other programs take their share
-    assert twice < 2 and twice < 3 * once + 0.1
+    assert_linear(seconds, 200_000)
 
 
 # ---- files

@@ -28,7 +28,7 @@ from llm_course.reading import UserError
 from llm_course.step import TrainConfig
 from llm_course.trainer import Callback, Trainer, seed_all
 
-STEPS, EVERY = 60, 3          # 50 examples in batches of 8: an epoch ends in step 7, 13, 19, 25 …
+STEPS, EVERY, KILLS = 72, 3, 22          # 50 examples in batches of 8: an epoch ends in step 7, 13, 19, 25 …
 
 
 class Then(Callback):
@@ -79,7 +79,7 @@ def life(folder, background=False, drag=0.0, limit=0, kill_after=0, hang_after=0
     "One life of a run. `drag`: seconds by which each operation of a save is slowed; `limit`: bytes a file may have from step 10 on."
     if drag:
         for where, name in ((checkpoint, "write_tensors"), (checkpoint, "_flush"), (checkpoint.os, "replace"), (checkpoint.shutil, "rmtree")):
-            setattr(where, name, dragged(getattr(where, name), drag))
+            setattr(where, name, dragged(getattr(where, name), drag, Path(folder) / f"{name}.calls"))
     callbacks = [Then(10, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))] if limit else []
     callbacks += [Then(kill_after, lambda _: os.kill(os.getpid(), signal.SIGKILL))] if kill_after else []
     callbacks += [Then(hang_after, lambda _: time.sleep(300))] if hang_after else []
@@ -89,8 +89,11 @@ def life(folder, background=False, drag=0.0, limit=0, kill_after=0, hang_after=0
     (Path(folder) / "end").write_text(digest(trainer))
 
 
-def dragged(f, seconds):
+def dragged(f, seconds, calls):
+    "`f`, slower, and a file that grows by a byte with each call."
     def slow(*args, **kw):
+        with open(calls, "ab") as file:
+            file.write(b".")
         time.sleep(seconds)
         return f(*args, **kw)
     return slow
@@ -212,7 +215,7 @@ def stop(trainer):
     raise KeyboardInterrupt
 
 
-def until(condition, seconds=30.0):
+def until(condition, seconds=120.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -231,17 +234,23 @@ def ends_like(whole, folder) -> None:
 # ---- kills
 
 def test_killed_22_times_at_random_moments_of_one_run(server, whole, tmp_path):
-    "Every second kill falls into a save, the others anywhere, start and resume included; saving in the fore- and in the background in turn."
+    """Every second kill falls into a save, the others anywhere, start and resume included; saving in the fore- and in the background in turn.
+
+    No life comes further than two steps past its first save (there it waits to be killed), so that 22 of them can't reach the end of the run."""
+    assert KILLS * EVERY + 2 < STEPS
     rng, kills, torn, reached = random.Random(), 0, 0, []
-    while kills < 22:
-        before, wanted = len(log_lines(tmp_path)), rng.randint(0, 3)
-        server.start("life", tmp_path, background=kills % 3 == 0, drag=0.003, slow=0.001)
+    steps_more = [0, 1, 2, 3] * 2 + [1, 2, 3]
+    rng.shuffle(steps_more)
+    while kills < KILLS:
+        before, at = len(log_lines(tmp_path)), max(map(checkpoint_step, checkpoints(tmp_path)), default=0)
+        server.start("life", tmp_path, background=kills % 3 == 0, drag=0.008, slow=0.001, hang_after=at + EVERY + 2)
         if kills % 2:
-            seen = set(leftovers(tmp_path))
-            until(lambda: set(leftovers(tmp_path)) - seen or not server.alive())
-            time.sleep(rng.uniform(0, 0.06))
+            saves = size_of(tmp_path / "write_tensors.calls")
+            until(lambda: size_of(tmp_path / "write_tensors.calls") > saves or not server.alive())
+            time.sleep(rng.uniform(0, 0.15))
         else:
-            until(lambda: len(log_lines(tmp_path)) >= before + wanted or not server.alive())
+            enough = min(before + steps_more[kills // 2], at + EVERY + 1)
+            until(lambda: len(log_lines(tmp_path)) >= enough or not server.alive())
             time.sleep(rng.uniform(0, 0.1))
         assert server.alive(), server.wait()
         os.kill(server.child, signal.SIGKILL)
@@ -256,6 +265,10 @@ def test_killed_22_times_at_random_moments_of_one_run(server, whole, tmp_path):
     assert (tmp_path / "end").read_text() == whole[1]
     assert log_of(tmp_path) == whole[2] and [r["step"] for r in whole[2]] == list(range(1, STEPS + 1))
     assert not leftovers(tmp_path) and len(checkpoints(tmp_path)) == 2
+
+
+def size_of(path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def log_lines(folder) -> list[str]:
@@ -311,7 +324,10 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(server, whole, tmp_path):
     os.kill(server.child, signal.SIGINT)
     time.sleep(0.3)
     assert server.alive()                      # it waits for the end of the step, which does not come
-    os.kill(server.child, signal.SIGINT)
+    for _ in range(100):                       # a second one that comes before the first was seen counts as the first
+        if server.alive():
+            os.kill(server.child, signal.SIGINT)
+            time.sleep(0.3)
     status, errors = server.wait()
     assert status == 130 and "stopped at" not in errors and [checkpoint_step(c) for c in checkpoints(tmp_path)] == [3]
     ends_like(whole, tmp_path)

@@ -2,7 +2,6 @@
 import json
 import math
 import random
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from llm_course.filtering import (C4_ANY_END, C4_RULES, CHAINS, FINEWEB_RULES, G
                                   failures, funnel, language, pair_findings, rule, screen_conversations, screen_pairs, tag, tag_documents)
 from llm_course.reading import UserError
 from llm_course.world import python_code, python_docs
+from timing import assert_linear, cpu_seconds
 
 ANY = st.text(alphabet=st.characters(), max_size=300)
 PIECES = ("the cat sat on the mat.", "the", "and", "\n", "\n\n", "\n\n\n", " ", "•", "\n- a", "...", "…\n", "#", "##", "wood", "mill stands here!", "12", "a", "»", "{", "lorem ipsum dolor sit.",
@@ -87,17 +87,10 @@ def test_columns_decide_as_rows_do_and_the_funnel_adds_up(texts):
 @pytest.mark.parametrize("piece", ["a ", "<", "\\", "((", "{", "\n", "é", "<a ", ".", ". ", "a.'\"", "[1", "```", "Human:\n", "x" * 999 + " "])
 def test_linear_time(piece):
     def seconds(size):
-        text, best = piece * (size // len(piece)), math.inf
-        for _ in range(2):
-            start = time.perf_counter()
-            tag(text)
-            chat = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-            conversation_findings(chat)
-            pair_findings({"prompt": chat[:1], "chosen": chat[1:], "rejected": chat[1:]})
-            best = min(best, time.perf_counter() - start)
-        return best
-    small, large = seconds(200_000), seconds(400_000)
-    assert large < 3 * small + 0.2 and large < 6, (small, large)
+        text = piece * (size // len(piece))
+        chat = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        return cpu_seconds(lambda: (tag(text), conversation_findings(chat), pair_findings({"prompt": chat[:1], "chosen": chat[1:], "rejected": chat[1:]})))
+    assert_linear(seconds, 400_000)
 
 
 def reference_agrees(texts):

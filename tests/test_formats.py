@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from llm_course.formats import (CANNOT_HOLD, KINDS, TARGETS, Report, as_text, check_messages, convert, detect_row, from_messages, losses, pair_to_kto, parse_transcript,
                                 ranked_pairs, strip_template, to_messages, to_pair, to_transcript, validate)
 from llm_course.reading import DataError, read_rows
+from timing import assert_linear, cpu_seconds
 
 TEXT = st.text(max_size=15) | st.sampled_from(["\n\nHuman: a", " b ", "None", "{}", "### Response:", "\n\nAssistant:"])
 CALL = st.builds(lambda i, name, args: i | {"type": "function", "function": {"name": name, "arguments": args}}, st.sampled_from([{}, {"id": "c1"}]), TEXT, st.dictionaries(TEXT, TEXT, max_size=2) | st.just("{}"))
@@ -131,17 +132,12 @@ def test_as_text_is_for_the_tokenizer(messages):
 
 @pytest.mark.parametrize("unit", ["a ", "<", "\\", "((", "{", "[", "\n", "é", "\n\nHuman:", "\n\nAssistant: ", "### Response:", "### Instruction:", "\n### Input:", '"'])
 def test_linear_time(unit):
-    def seconds(megabytes):
-        text = unit * (megabytes * (2 * 10**5 if unit[0] == "\n" else 10**6) // len(unit))   # a tenth of a megabyte of marks is ten thousand messages
+    def seconds(n):
+        text = unit * (n // (5 if unit[0] == "\n" else 1) // len(unit))                       # a tenth of a megabyte of marks is ten thousand messages
         rows = [{"text": text}, {"prompt": "\n\nHuman:" + text, "completion": text}, {"prompt": "Below is an instruction ### Instruction:" + text + "### Response:", "completion": text},
                 {"chosen": "\n\nHuman: a\n\nAssistant:" + text, "rejected": "\n\nHuman: a\n\nAssistant: b"}, {"conversations": [{"from": "human", "value": text}, {"from": "function_call", "value": text}]}]
-        start = time.perf_counter()
-        validate(map(strip_template, rows))
-        for to in ("messages", "alpaca", "transcript", "kto"):
-            list(convert(map(strip_template, rows), to=to, lossy=True, report=Report()))
-        return time.perf_counter() - start
-    one, two = min(seconds(1), seconds(1)), min(seconds(2), seconds(2))
-    assert one < 10 and two < 3 * one + 0.2
+        return cpu_seconds(lambda: (validate(map(strip_template, rows)), [list(convert(map(strip_template, rows), to=to, lossy=True, report=Report())) for to in ("messages", "alpaca", "transcript", "kto")]))
+    assert_linear(seconds, 2_000_000, most=20)
 
 
 FILES = {   # file -> rows, format, rows fit for training

@@ -1,7 +1,6 @@
 """GGUF files: read back as they were written, damaged ones refused, and the real model where its file is at hand (LLM_COURSE_SMOLLM2)."""
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from llm_course.model import ModelConfig, Transformer
 from llm_course.reading import UserError
 from llm_course.tokenizer import Tokenizer, train_tokenizer
+from timing import assert_linear, cpu_seconds
 
 gguf = pytest.importorskip("gguf")
 from llm_course.gguf_io import KINDS, find_smollm2, from_gguf, gguf_config, gguf_tokenizer, half_split, interleave, pre_name, pre_tokenizer_of, read_gguf, to_gguf, tokenizer_fields  # noqa: E402
@@ -143,9 +143,7 @@ def test_cuts_lose_nothing_and_are_recognised(name):
     for text in (TEXT, "  a  \n\n b\t1234567 it's IT'S <|end|>", "", "日本 1½² 🙂"):
         assert trained.decode(trained.encode(text), skip_special=False) == text
     for unit in ("a ", "1", "'", "\n", "é", "(("):
-        start = time.perf_counter()
-        cut.pre_tokenize_str(unit * (200_000 // len(unit)))
-        assert time.perf_counter() - start < 5, unit
+        assert_linear(lambda n: cpu_seconds(cut.pre_tokenize_str, unit * (n // len(unit))), 200_000)
 
 
 def test_cuts_agree_with_published_spellings():

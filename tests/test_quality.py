@@ -1,7 +1,6 @@
 """Perplexity, quality classifier and toxicity: any text, linear time, and real labelled sets."""
 import csv
 import json
-import time
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from llm_course.classifier import QualityClassifier, auc, bootstrap_interval, ca
 from llm_course.reading import UserError
 from llm_course.quality import KneserNey, filter_by_perplexity, lm_tokens, perplexity_buckets, spearman, tag_perplexity
 from llm_course.toxicity import WordList, best_threshold, f1, masked, plain_spelling, word_hash
+from timing import assert_linear, cpu_seconds
 
 ANY = st.text(max_size=80)  # lone surrogates among it
 MODEL = KneserNey(1).fit(["the hen sees the dog", "the dog sees the hen"])
@@ -82,17 +82,8 @@ def test_rankings(values, bits):
 
 @pytest.mark.parametrize("piece", ["a ", "<", "\\", "((", "{", "\n", "é", "<a ", "5tup1d!", "$$@"])
 def test_linear_time(piece):
-    def seconds(f, mb):
-        start = time.perf_counter()
-        f(piece * (mb * 1_000_000 // len(piece)))
-        return time.perf_counter() - start
-
-    for f in (lambda t: MODEL.perplexities([t]), lambda t: WORDS.predict([t]), lambda t: LIST.mask(t), plain_spelling):
-        one = seconds(f, 1)
-        assert one < 8
-        if one > 0.5:
-            assert seconds(f, 2) < 4 * one + 1
-    assert seconds(lambda t: CHARS.predict([t]), 1) < 10
+    for f in (lambda t: MODEL.perplexities([t]), lambda t: WORDS.predict([t]), lambda t: LIST.mask(t), plain_spelling, lambda t: CHARS.predict([t])):
+        assert_linear(lambda n: cpu_seconds(f, piece * (n // len(piece))), 1_000_000)
 
 
 def test_the_bundled_list_holds_hashes_only():

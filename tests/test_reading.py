@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 from llm_course import reading
 from llm_course.reading import DataError, codec_of, decode, read_rows
+from timing import assert_linear, cpu_seconds
 
 LABELS = st.none() | st.sampled_from(["latin1", "utf-8", "utf-16", "gb2312", "shift_jis", "euc-kr", "iso-2022-jp", "rot13", "unicode_escape", "idna", "undefined"]) | st.text(max_size=12)
 
@@ -46,16 +46,7 @@ def test_any_label(label):
 
 @pytest.mark.parametrize("unit", [b"a ", b"<", b"\\", b"((", b"\n", "é".encode(), b"\xe9", b"\xff\xfe", b"\0", b"\x1b$", b"\x81", b"a\0", b"\xc3", "я".encode("cp1251")])
 def test_linear_time(unit):
-    def seconds(megabytes):
-        raw = b"x" + unit * (megabytes * 10**6 // len(unit))
-        times = []
-        for _ in range(2):
-            start = time.perf_counter()
-            decode(raw)
-            times.append(time.perf_counter() - start)
-        return min(times)
-    one, two = seconds(1), seconds(2)
-    assert one < 2 and two < 3 * one + 0.1
+    assert_linear(lambda n: cpu_seconds(decode, b"x" + unit * (n // len(unit))), 2_000_000)
 
 
 def peak_megabytes(path) -> tuple[int, float]:
@@ -156,17 +147,17 @@ def test_json_array_in_small_blocks(rows, indent, ascii, size):
 @pytest.mark.parametrize("unit", ["a ", "<", "\\", "((", "{", "[", "\n", "é", "<a ", '"', '\\"', "[[", '{"a":', "1", "\ufeff", "\r", ","])
 @pytest.mark.parametrize("start, ending", [('{"text": "', "jsonl"), ('[{"text": "', "json"), ("", "txt"), ("", "csv"), ("[", "json")])
 def test_reading_is_linear(start, ending, unit, tmp_path):
-    def seconds(megabytes):
-        path = tmp_path / f"{megabytes}.{ending}"
-        path.write_text(start + unit * (megabytes * 10**6 // len(unit.encode())), encoding="utf-8", newline="")
-        begin = time.perf_counter()
+    def read(path):
         try:
             list(read_rows(path))
         except DataError:
             pass
-        return time.perf_counter() - begin
-    one, two = seconds(1), seconds(2)
-    assert one < 3 and two < 3 * one + 0.3
+
+    def seconds(n):
+        path = tmp_path / f"{n}.{ending}"
+        path.write_text(start + unit * (n // len(unit.encode())), encoding="utf-8", newline="")
+        return cpu_seconds(read, path)
+    assert_linear(seconds, 2_000_000)
 
 
 def test_binary_garbage_is_refused(testdata):

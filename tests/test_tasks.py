@@ -2,7 +2,6 @@
 import html
 import math
 import re
-import time
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from llm_course.model import ModelConfig
 from llm_course.tasks import IGNORE, clm_loss, mask_tokens, mlm_loss, pad_batch, sft_labels, show_task, show_tokens, word_ids, word_tables
 from llm_course.tokenizer import train_tokenizer
 from llm_course.world import make_village, village_documents
+from timing import assert_linear, cpu_seconds
 
 FUZZ = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -168,25 +168,18 @@ def test_word_ids_of_any_vocabulary(texts, ids):
 @pytest.mark.parametrize("piece", ["a ", "<", "\\", "((", "{", "\n", "é", "<a "])
 def test_linear_time(piece):
     def seconds(n):
-        best = math.inf
-        for _ in range(3):
-            start = time.process_time()
-            pieces = [piece] * n
-            show_tokens(pieces, [1] * n, {"label": pieces})._repr_html_()
-            repr(show_tokens(pieces, [1] * n, {"label": pieces}))
-            word_tables(pieces)
-            best = min(best, time.process_time() - start)
-        return best
-    small, large = seconds(5_000), seconds(10_000)
-    assert large < 2 and large < 4 * small + 0.05
+        pieces = [piece] * n
+        return cpu_seconds(lambda: (show_tokens(pieces, [1] * n, {"label": pieces})._repr_html_(), repr(show_tokens(pieces, [1] * n, {"label": pieces})), word_tables(pieces)))
+    assert_linear(seconds, 10_000)
 
 
 def test_a_million_tokens():
-    ids = torch.randint(0, 9, (1_000_000,), generator=torch.Generator().manual_seed(0))
-    start = time.process_time()
-    words = word_ids(ids, word_tables(["<|x|>", "a", " b", "c", ".", " d", "é", "\n", "ing"]))
-    mask_tokens(ids, 0, 9, [0], words=words)
-    assert time.process_time() - start < 5
+    tables = word_tables(["<|x|>", "a", " b", "c", ".", " d", "é", "\n", "ing"])
+
+    def seconds(n):
+        ids = torch.randint(0, 9, (n,), generator=torch.Generator().manual_seed(0))
+        return cpu_seconds(lambda: mask_tokens(ids, 0, 9, [0], words=word_ids(ids, tables)))
+    assert_linear(seconds, 1_000_000)
 
 
 def test_a_task_of_special_values():

@@ -1,7 +1,6 @@
 """The tokenizer beside `transformers`, on arbitrary text and conversations, on foreign model folders, and on damaged ones."""
 import inspect
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from llm_course.reading import DataError, UserError
 from llm_course.tokenizer import CHAT_TEMPLATE, SPECIAL, SPECIAL_TOKENS, Tokenizer, bytes_per_token, sample_stream, train_tokenizer
+from timing import assert_linear, cpu_seconds
 
 transformers = pytest.importorskip("transformers")
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -293,19 +293,11 @@ def test_keys_are_shielded_too(tmp_path):
         mine.chat(["no message"])
 
 
-def seconds(f, *args):
-    start = time.process_time()
-    f(*args)
-    return time.process_time() - start
-
-
 @pytest.mark.parametrize("piece", ["a ", "<", "\\", "((", "{", "\n", "é", "<a ", "<|end|>", "0", "a"])
 def test_time_is_linear(ours, piece):
     for f in (ours.encode, lambda t: ours.chat([{"role": "user", "content": t}, {"role": "assistant", "content": t[:1000]}]),
               lambda t: train_tokenizer([t], 280)):
-        one = seconds(f, piece * (250_000 // len(piece)))
-        two = seconds(f, piece * (500_000 // len(piece)))
-        assert two < 4 and (two < 0.3 or two < 4 * one), (piece, one, two)
+        assert_linear(lambda n: cpu_seconds(f, piece * (n // len(piece))), 250_000)
 
 
 def test_more_from_less(ours):

@@ -3,7 +3,6 @@ import ast
 import hashlib
 import json
 import random
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from llm_course.world import (FORMS, KINDS, STYLES, answer, baselines, check_story, data_path, docstrings, fill, form_is_right, gold_reward, grade, inject_mess,
                               instruction_rows, last_mentioned, make_task, make_tasks, make_village, preference_rows, python_code, python_docs, sft_answer, split_of, story,
                               village_documents, wrong_answer)
+from timing import assert_linear, cpu_seconds
 
 VILLAGE = make_village(3, 20)
 TASKS = make_tasks(VILLAGE, "test", 4, 3)
@@ -66,16 +66,9 @@ def test_every_story_can_have_happened_and_a_spoiled_one_cannot(seed):
 @pytest.mark.parametrize("unit", ["a ", "<", "\\", "((", "{", "\n", "é", "<a ", ". ", "One morning Ada and Ben were at the mill. "])
 def test_reading_is_linear_in_the_length_of_the_text(unit):
     def seconds(n: int) -> float:
-        text, best = unit * (n // len(unit)), float("inf")
-        for _ in range(2):
-            start = time.process_time()
-            check_story(text)
-            gold_reward(TASKS[0], text)
-            split_of(text)
-            best = min(best, time.process_time() - start)
-        return best
-    once = seconds(500_000)
-    assert once < 4 and seconds(1_000_000) < 3 * once + 0.2
+        text = unit * (n // len(unit))
+        return cpu_seconds(lambda: (check_story(text), gold_reward(TASKS[0], text), split_of(text)))
+    assert_linear(seconds, 1_000_000)
 
 
 @relaxed
