@@ -224,6 +224,8 @@ def find_remedies(c: ModelConfig, usable: float, devices: int, mode: str, rows: 
             return found
     last = ["pretrain.micro_batch=1", "pretrain.recompute=true"] + ["--mode fsdp"] * shard
     size = need(1, "fsdp" if shard else mode, True)
+    if size <= usable:      # such are the settings already, and they fit
+        return [f"{_as_options(last)} ({size / 2**30:.1f} GiB)"]
     larger = [card.name for card in CARDS.values() if card.memory * (1 - SLACK) * 2**30 >= size]
     return [f"even with {_as_options(last)} it needs {size / 2**30:.1f} GiB on each device: take more devices" + (f", or one of {', '.join(larger)}" if larger else "") + ", or a smaller model"]
 
