@@ -114,7 +114,7 @@ def make_accelerator(precision: str = "no") -> "Accelerator":
         raise UserError(f"WORLD_SIZE promises {world} processes, but there is no {', '.join(missing)}; start them with torchrun or accelerate launch")
     AcceleratorState._reset_state(reset_partial_state=True)      # or a second trainer in this process would silently lose FSDP
     if _asked_for("DEEPSPEED"):
-        from .zero import zero_accelerator
+        from llm_course.zero import zero_accelerator
         accelerator = zero_accelerator(precision)
     else:
         accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available() and not _has_mps())
@@ -393,7 +393,7 @@ def prepare(accelerator: "Accelerator", model: nn.Module, config: TrainConfig, g
     for group in optimizer.param_groups:
         group.setdefault("lr_scale", 1.0)
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
-        from .zero import ZeroEngine
+        from llm_course.zero import ZeroEngine
         return blank, ZeroEngine(accelerator, model, optimizer)
     return blank, Engine(accelerator, model, optimizer)
 

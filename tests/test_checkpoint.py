@@ -537,7 +537,7 @@ def test_states_are_json_and_older_ones_are_read():
     assert resume_changes({}, state) == [] and resume_changes(state, state) == []
     longer = [resume_state(TrainConfig(n, schedule="constant", warmup=0.0), 50) for n in (10, 20)]
     assert resume_changes(*longer) == []
-    assert resume_changes(state, resume_state(config, 50, processes=2)) == ["processes: 1 then, 2 now: the same run up to rounding"]
+    assert resume_changes(state, resume_state(config, 50, processes=2)) == ["processes: 1 then, 2 now: the same run up to rounding, or with dropout another sample of it"]
     other = state | {"versions": state["versions"] | {"numpy": "1.0"}}
     assert [c.split(" ")[0] for c in resume_changes(other, state)] == ["numpy"]
 
