@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOK_LIMIT, PYTEST_LIMIT = 30 * 60, 30 * 60
 CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+LONG = ("run", "engines", "serve", "bad_input", "mlm", "spikes", "processes", "filtering", "scale")      # the files that take longest
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
 
 
@@ -48,35 +49,23 @@ def sync() -> tuple[int, int]:
 
 
 def notebooks() -> tuple[int, int]:
-    "All notebooks, each from a clean namespace, as many at a time as there are cores."
-    names = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-    todo, running, failed, start = list(names), {}, 0, time.perf_counter()
-    while todo or running:
-        while todo and len(running) < CORES:
-            nb = todo.pop(0)
-            running[nb] = (subprocess.Popen([str(BIN / "nbdev_test"), "--path", str(nb), "--n_workers", "0"], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                            errors="replace"), time.perf_counter())
-        time.sleep(0.2)
-        for nb, (process, began) in list(running.items()):
-            late = time.perf_counter() - began > NOTEBOOK_LIMIT / 4
-            if process.poll() is None and not late:
-                continue
-            if late:
-                process.kill()
-            output = process.communicate()[0]
-            good = process.returncode == 0 and not late
-            print(f"{'ok    ' if good else 'FAILED'} {nb.name}  {time.perf_counter() - began:.0f} s{'  (stopped: too slow)' if late else ''}", flush=True)
-            if not good:
-                print(output[-6000:])
-            failed += not good
-            del running[nb]
-    print(f"notebooks: {len(names)} in {time.perf_counter() - start:.0f} s")
-    return len(names) - failed, failed
+    "All notebooks, each from a clean namespace, as many at a time as there are cores: see `notebooks.py`."
+    process = subprocess.Popen([sys.executable, "tests/notebooks.py"], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True, errors="replace")
+    timer, line = threading.Timer(NOTEBOOK_LIMIT, process.kill), ""
+    timer.start()
+    for line in process.stdout:
+        print(line, end="", flush=True)
+    timer.cancel()
+    counts = re.match(r"notebooks: (\d+) passed, (\d+) failed", line)
+    passed, failed = map(int, counts.groups()) if counts else (0, 1)
+    return passed, max(failed, int(process.wait() != 0))
 
 
 def pytest() -> tuple[int, int]:
-    "The tests of `tests/`, as many files at a time as there are cores."
-    done = run(sys.executable, "-m", "pytest", "tests", "--durations=8", "-n", str(CORES), "--dist", "loadfile", limit=PYTEST_LIMIT, capture_output=True, text=True)
+    "The tests of `tests/`, as many files at a time as there are cores, the longest first: else the last one runs alone while the other cores wait."
+    files = sorted(ROOT.glob("tests/test_*.py"), key=lambda f: (LONG.index(f.stem[5:]) if f.stem[5:] in LONG else len(LONG), f.name))
+    done = run(sys.executable, "-m", "pytest", *(str(f.relative_to(ROOT)) for f in files), "--durations=8", "-n", str(CORES), "--dist", "loadfile", "--no-loadscope-reorder",
+               limit=PYTEST_LIMIT, capture_output=True, text=True)
     print(done.stdout[-12_000:], done.stderr[-4000:], sep="")
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?)", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")}
     failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
