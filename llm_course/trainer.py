@@ -320,11 +320,12 @@ def in_pieces(accelerator: "Accelerator", weights: bool = False) -> bool:
 
 class Engine:
     """One model and its optimizer, on one process, with DDP or with FSDP2: what depends on how a run is divided.
-    `wrapped` is the model to call in training."""
+    `wrapped` is the model to call in training, `evaluated` the one to measure on."""
 
     def __init__(self, accelerator: "Accelerator", model: nn.Module, optimizer: torch.optim.Optimizer):
         self.accelerator, self.model, self.pieces = accelerator, model, in_pieces(accelerator)
         self.wrapped, self.optimizer = distribute(accelerator, model, optimizer)
+        self.evaluated = model
 
     @contextmanager
     def micro_batch(self, last: bool):
@@ -374,7 +375,7 @@ def check_start(accelerator: "Accelerator", model: nn.Module, data: Sequence, co
     n, sharded = accelerator.num_processes, in_pieces(accelerator)
     micro_batches(range(config.batch_size), 0, n)
     if sharded and config.batch_size % n:
-        raise UserError(f"batch_size={config.batch_size} is no multiple of the {n} processes; sharded weights need as many passes on each: set {n * (config.batch_size // n)}")
+        raise UserError(f"batch_size={config.batch_size} is no multiple of the {n} processes; divided gradients need as many passes on each: set {n * (config.batch_size // n)}")
     facts = {"settings": config, "number of examples": len(data), "number of parameters": sum(p.numel() for p in model.parameters())}
     if sharded:      # DDP sends the main process's weights to all; pieces of different models could be joined in silence
         facts["initial weights"] = n > 1 and [float(p.detach().double().sum()) for p in model.parameters()]
@@ -657,7 +658,7 @@ class Evaluate(Callback):
     def after_step(self, trainer: Trainer, record: dict) -> None:
         if trainer.n_steps % self.every == 0 or trainer.n_steps == trainer.config.steps:
             acc = trainer.accelerator
-            value = mean_loss(trainer.model, trainer.loss_fn, self.data, trainer.collate, self.batch_size, acc.process_index, acc.num_processes)
+            value = mean_loss(trainer.engine.evaluated, trainer.loss_fn, self.data, trainer.collate, self.batch_size, acc.process_index, acc.num_processes)
             self.values.append((trainer.n_steps, value))
             trainer._log({"step": trainer.n_steps, "val_loss": value})
 
