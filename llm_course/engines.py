@@ -135,6 +135,11 @@ def _local_rank(work: Callable, name: str, rank: int, tasks: int, logs: Path) ->
     "One task by datatrove's local executor, in this process."
     executors().LocalPipelineExecutor([Step(work, name)], tasks, 1, _marks(logs, name, tasks), local_tasks=1, local_rank_offset=rank).run()
 
+
+def _unfinished(work: Callable, name: str, tasks: int, logs: Path) -> list[int]:
+    "The tasks without a completion mark: no process is started for the others."
+    return executors().LocalPipelineExecutor([Step(work, name)], tasks, 1, _marks(logs, name, tasks)).get_incomplete_ranks()
+
 # %% ../nbs/02e_engines.ipynb #e323c1f3
 def slurm_chain(stages: Iterable[tuple[str, Callable, bool]], engine: Engine, logs: Path) -> list:
     "One `SlurmPipelineExecutor` a stage, each depending on the one before; running the last submits all that are not finished."
@@ -213,7 +218,7 @@ def run_tasks(stages: Iterable[tuple[str, Callable[[int, int], None], bool]], en
         elif engine.name == "processes":
             _pool(name, work, [(rank, tasks) for rank in range(tasks)], engine.workers, logs)
         elif engine.name == "datatrove":
-            _pool(name, _local_rank, [(work, name, rank, tasks, logs) for rank in range(tasks)], engine.workers, logs)
+            _pool(name, _local_rank, [(work, name, rank, tasks, logs) for rank in _unfinished(work, name, tasks, logs)], engine.workers, logs)
         else:
             _run_ray(name, work, tasks, engine, logs)
         say(f"{name}: {tasks} task{'s' * (tasks > 1)} in {time.perf_counter() - start:.1f} s")

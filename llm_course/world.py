@@ -20,7 +20,7 @@ import random
 import re
 import string
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -766,9 +766,18 @@ def _parsed(files: list[Path], seed: int) -> Iterator[tuple[Path, str, ast.Modul
             continue  # templates and fixtures that are no Python
 
 
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    "The statements of a module in the order of `ast.walk`, without walking through their expressions, which hold none."
+    todo = deque([tree])
+    while todo:
+        yield (node := todo.popleft())
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+            todo.extend(getattr(node, block, ()))
+
+
 def docstrings(tree: ast.Module, min_chars: int = 120) -> Iterator[str]:
     "The docstrings of a module, its classes and its functions, of `min_chars` characters or more."
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             doc = ast.get_docstring(node)
             if doc and len(doc) >= min_chars:
