@@ -103,7 +103,7 @@ def whole(out):
     data = Rows()
     trainer = run(out / "run", data=data, callbacks=[Evaluate(Rows(17), 4, 5)])
     acc, held_out = trainer.accelerator, Rows(17)
-    value = mean_loss(trainer.model, loss_fn, held_out, stack_rows, 5, acc.process_index, acc.num_processes)
+    value = mean_loss(trainer.engine.evaluated, loss_fn, held_out, stack_rows, 5, acc.process_index, acc.num_processes)
     before = digest(trainer)
     model = trainer.whole_model()
     if acc.is_main_process:
@@ -171,7 +171,9 @@ def deserted(out):
 def main(mode, folder, last=True):
     torch.set_num_threads(1)
     if mode.startswith("zero"):
-        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = mode.removeprefix("zero")
+        settings = Path(folder, f"{mode}-{os.environ['RANK']}.settings")
+        settings.write_text(json.dumps({"zero_optimization": {"stage": int(mode[-1]), "stage3_param_persistence_threshold": 0}}))      # or small weights stay whole
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings)
     out = Path(folder) / mode
     done = {"run": whole(out), "resumed": goes_on(out / "resumed", out / "run"), "guarded": guarded(out), "stopped": stopped(out), "variants": variants(out)}
     if mode != "one":
