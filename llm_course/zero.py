@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRIVABLE', 'zero_accelerator', 'drivable_settings', 'Place', 'place_in_third', 'place_in_second', 'join_pieces',
-           'ZeroEngine', 'zero_weights', 'zero_optimizer_state', 'load_zero']
+           'ZeroEngine', 'scale_and_clip', 'take_step', 'refuse_step', 'zero_weights', 'zero_optimizer_state',
+           'load_zero']
 
 # %% ../nbs/05a_zero.ipynb #2e0a0004
 import logging
@@ -110,7 +111,7 @@ class ZeroEngine:
 
     def __init__(self, accelerator: "Accelerator", model: nn.Module, optimizer: torch.optim.Optimizer):
         if any(hasattr(p, "ds_id") or getattr(p, "_hp_mapping", None) is not None for p in model.parameters()):
-            raise UserError("this model is in DeepSpeed's hands already; take a copy from the trainer that has it (whole_model), and train that")
+            raise UserError("this model is in DeepSpeed's hands already; save it (whole_model, save_model) and load it anew")
         if type(optimizer) is not torch.optim.AdamW:
             raise UserError("DeepSpeed gives the optimizer flat vectors, which Muon cannot orthogonalize; set optimizer='adamw' (--set pretrain.optimizer=adamw), or use a configuration with FSDP2")
         self.accelerator, self.model, self.names = accelerator, model, parameter_names(model)
@@ -129,33 +130,8 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         self.wrapped.backward(loss)
 
-    def scale_and_clip(self, factor: float, max_norm: float) -> float:
-        "At the step, multiply the gradients by `factor` and clip them to a norm of at most `max_norm` together; returns the norm before clipping."
-        squares = sum((g.double().square().sum() for g in self._gradients()), torch.zeros((), dtype=torch.float64, device=self.accelerator.device))
-        norm = float(self.accelerator.reduce(squares, "sum")) ** 0.5 * factor
-        self.scale = factor * min(1.0, max_norm / (norm + 1e-6))
-        return norm
-
-    def step(self) -> None:
-        "Let the optimizer change the weights, and drop the gradients."
-        self.inner.override_loss_scale(1 / self.scale)      # DeepSpeed divides by it
-        self._end(skipped=False)
-
-    def discard(self) -> None:
-        "Drop the gradients: the weights stay as they are."
-        for g in self._gradients():
-            g.fill_(float("nan"))
-        self._end(skipped=True)
-
-    def _end(self, skipped: bool) -> None:
-        self.wrapped.step()
-        self.inner.override_loss_scale(1.0)                 # by which it multiplies the next loss
-        if self.stage == 3:
-            self.inner.grad_partitions_flat_buffer.zero_()
-        if bool(self.inner.overflow) != skipped:
-            raise UserError(f"DeepSpeed {'took a step that was refused' if skipped else 'left a step out'}; install the version that this was tested with (see constraints.txt), or use FSDP2")
-
-    def _gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
+        "This process's pieces of the gradients, complete after the last micro-batch."
         return [g for group in self.inner.averaged_gradients.values() for g in group or () if g is not None]
 
     def place(self, p: nn.Parameter) -> Place:
@@ -163,6 +139,39 @@ class ZeroEngine:
         if self.stage == 3:
             return place_in_third(p, *self.inner.grad_position[self.inner.get_param_id(p)], self.accelerator.process_index)
         return place_in_second(p, next(i for i, group in enumerate(self.inner.bit16_groups) if any(p is q for q in group)))
+
+# %% ../nbs/05a_zero.ipynb #2e0a0031
+def scale_and_clip(engine: ZeroEngine, factor: float, max_norm: float) -> float:
+    "At the step, multiply the gradients by `factor` and clip them to a norm of at most `max_norm` together; returns the norm before clipping."
+    squares = sum((g.double().square().sum() for g in engine.gradients()), torch.zeros((), dtype=torch.float64, device=engine.accelerator.device))
+    norm = float(engine.accelerator.reduce(squares, "sum")) ** 0.5 * factor
+    engine.scale = factor * min(1.0, max_norm / (norm + 1e-6))
+    return norm
+
+
+def take_step(engine: ZeroEngine) -> None:
+    "Let the optimizer change the weights, and drop the gradients."
+    engine.inner.override_loss_scale(1 / engine.scale)      # DeepSpeed divides by it
+    _end(engine, skipped=False)
+
+
+def refuse_step(engine: ZeroEngine) -> None:
+    "Drop the gradients: the weights stay as they are."
+    for g in engine.gradients():
+        g.fill_(float("nan"))
+    _end(engine, skipped=True)
+
+
+def _end(engine: ZeroEngine, skipped: bool) -> None:
+    engine.wrapped.step()
+    engine.inner.override_loss_scale(1.0)                   # by which it multiplies the next loss
+    if engine.stage == 3:
+        engine.inner.grad_partitions_flat_buffer.zero_()
+    if bool(engine.inner.overflow) != skipped:
+        raise UserError(f"DeepSpeed {'took a step that was refused' if skipped else 'left a step out'}; install the version that this was tested with (see constraints.txt), or use FSDP2")
+
+
+ZeroEngine.scale_and_clip, ZeroEngine.step, ZeroEngine.discard = scale_and_clip, take_step, refuse_step
 
 # %% ../nbs/05a_zero.ipynb #2e0a0011
 def zero_weights(engine: ZeroEngine, keep: bool) -> dict[str, Tensor]:
