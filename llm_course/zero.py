@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .reading import UserError
+from .scale import BUCKET
 from .trainer import parameter_names
 
 if TYPE_CHECKING:          # both are loaded when a run starts
@@ -60,7 +61,8 @@ DRIVABLE = {"": ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient
 
 
 def drivable_settings(settings: dict) -> dict:
-    """DeepSpeed's settings as the trainer drives it: those that choose sizes and buckets are kept, "auto" becomes DeepSpeed's own default.
+    """DeepSpeed's settings as the trainer drives it: those that choose sizes and buckets are kept, "auto" becomes DeepSpeed's own default
+    (`BUCKET` for the buckets of gradients).
 
     Raises UserError for any that would move or change numbers behind the trainer's back."""
     zero = settings.get("zero_optimization") or {}
@@ -72,7 +74,7 @@ def drivable_settings(settings: dict) -> dict:
         raise UserError(f"DeepSpeed's configuration enables {half[0]}; leave it out and set the precision in the training settings (precision='bf16')")
     if odd := [k for group, found in (("", settings), ("zero_optimization", zero)) for k in found if k not in DRIVABLE[group]]:
         raise UserError(f"DeepSpeed's configuration sets {', '.join(odd)}, which the trainer does not drive; leave it out (what belongs to optimizer and schedule stands in the training settings)")
-    kept = {k: v for k, v in zero.items() if v != "auto" and not k.startswith("offload")}
+    kept = {"reduce_bucket_size": BUCKET} | {k: v for k, v in zero.items() if v != "auto" and not k.startswith("offload")}
     return {k: v for k, v in settings.items() if k in ("steps_per_print", "wall_clock_breakdown")} | {"zero_optimization": kept, "fp16": {"enabled": False}, "bf16": {"enabled": False}}
 
 # %% ../nbs/05a_zero.ipynb #2e0a000c
