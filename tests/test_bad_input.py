@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import llm_course
+from commands import llm_course
 
 GOOD = b'{"text": "A good line."}\n'
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENV, llm_course
+from commands import ENV, llm_course
 
 SMALL = ["--size", "smoke", "--set", "data.village_bytes=400000", "data.docs_bytes=60000", "data.code_bytes=60000"]
 FILES = ("train.jsonl", "val.jsonl", "conversations.jsonl", "pairs.jsonl", "tasks.jsonl", "funnel.json")

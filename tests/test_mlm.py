@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from conftest import ENV, llm_course, metrics_of
+from commands import ENV, llm_course, start
+from conftest import metrics_of
 from llm_course.cli import main
 from llm_course.hub import load_model
 from llm_course.packing import TokenRows
@@ -76,12 +77,12 @@ def test_it_loads_in_transformers(encoder):
 
 def test_killed_and_resumed_ends_with_the_same_weights(encoder, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "run")
-    process = subprocess.Popen([sys.executable, "-m", "llm_course.cli", *TRAIN, "--out", str(tmp_path / "run"), "--quiet"], env=ENV)
+    process = start(*TRAIN, "--out", tmp_path / "run", "--quiet")
     end = time.monotonic() + 120
-    while not list((tmp_path / "run").glob(".base.partial/checkpoints/step_*")) and time.monotonic() < end and process.poll() is None:
+    while not list((tmp_path / "run").glob(".base.partial/checkpoints/step_*")) and time.monotonic() < end and process.exitcode is None:
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    process.join()
     assert not (tmp_path / "run" / "base").exists(), "it was not killed in time"
     done = llm_course(*TRAIN, "--out", tmp_path / "run")
     assert done.returncode == 0 and "pretrain: going on where it was stopped" in done.stdout, done.stderr
