@@ -18,7 +18,8 @@ from llm_course.pretrain import MaskedRows, fill_blanks, masked_accuracy, tokeni
 from llm_course.tasks import IGNORE
 from llm_course.tokenizer import Tokenizer
 
-SETTINGS = ["--size", "smoke", "--objective", "mlm", "--set", "pretrain.mask_share=0.3", "pretrain.whole_words=true", "data.instructions=60", "data.pairs=30"]
+SETTINGS = ["--size", "smoke", "--objective", "mlm", "--set", "pretrain.mask_share=0.3", "pretrain.whole_words=true", "data.instructions=60", "data.pairs=30",
+            "data.village_bytes=450e3", "data.docs_bytes=75e3", "data.code_bytes=75e3", "data.budget_bytes=500e3"]
 TRAIN = ["run", *SETTINGS, "--stages", "prepare,tokenizer,pretrain,report"]
 
 
