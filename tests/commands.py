@@ -5,18 +5,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from multiprocessing import forkserver, get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 ENV = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK"))} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 PRELOAD = ["commands", "llm_course.cli", "llm_course.pipeline", "llm_course.chat", "torch._dynamo", "accelerate", "matplotlib.pyplot"]
-CONTEXT = get_context("forkserver")
+CAN_FORK = "forkserver" in get_all_start_methods()     # not on Windows
 
 
-def _server() -> None:
-    "Start the process that is forked, once, with the environment of a command: torch reads it while it is loaded."
+def _server():
+    "The context of a process that is forked. It is started once, with the environment of a command: torch reads it while it is loaded."
+    from multiprocessing import forkserver
+    context = get_context("forkserver")
     before, here = dict(os.environ), Path(__file__).resolve().parent
-    CONTEXT.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     try:
         os.environ.clear()
         os.environ.update(ENV | {"PYTHONPATH": os.pathsep.join(filter(None, [ENV.get("PYTHONPATH"), str(here.parent), str(here)]))})
@@ -24,6 +26,7 @@ def _server() -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+    return context
 
 
 def _main(args: list[str], cwd: str, streams: list[str]) -> None:
@@ -42,14 +45,15 @@ def _main(args: list[str], cwd: str, streams: list[str]) -> None:
 
 def start(*args: str, cwd: Path | str = ".", streams=(os.devnull,) * 3):
     "The command, started; `streams` are the paths of its input, output and errors. Returns the process (of `multiprocessing`)."
-    _server()
-    process = CONTEXT.Process(target=_main, args=([str(a) for a in args], str(Path(cwd).resolve()), [str(s) for s in streams]))
+    process = _server().Process(target=_main, args=([str(a) for a in args], str(Path(cwd).resolve()), [str(s) for s in streams]))
     process.start()
     return process
 
 
 def llm_course(*args: str, cwd: Path | str = ".", timeout: float = 300, input: str = "") -> subprocess.CompletedProcess:
     "The command from its start to its end."
+    if not CAN_FORK:
+        return fresh_llm_course(*args, cwd=cwd, timeout=timeout, input=input)
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("input", "output", "errors")]
         for stream in streams:

@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from commands import fresh_llm_course
+from commands import ENV, fresh_llm_course  # noqa: F401  (ENV for the tests)
 
 SMOKE = ("--size", "smoke", "--set", "pretrain.tokens=100e3")
 

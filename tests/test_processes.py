@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENV
+from conftest import ENV
 from llm_course.checkpoint import checkpoints
 from llm_course.hub import load_model
 from llm_course.reading import UserError
