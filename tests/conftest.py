@@ -1,24 +1,18 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import ENV, fresh_llm_course  # noqa: F401  (ENV for the tests)
 
-ENV = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK"))} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def llm_course(*args: str, cwd: Path | str = ".", timeout: float = 300, **kw) -> subprocess.CompletedProcess:
-    "The command `llm_course`, as a user starts it."
-    return subprocess.run([sys.executable, "-m", "llm_course.cli", *map(str, args)], cwd=cwd, env=ENV, timeout=timeout, capture_output=True, text=True, **kw)
+SMOKE = ("--size", "smoke", "--set", "pretrain.tokens=100e3")
 
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> Path:
-    "The folder of one whole run of the smallest size."
+    "The folder of one whole run of the smallest size, with half of its pretraining."
     folder = tmp_path_factory.mktemp("smoke") / "run"
-    done = llm_course("run", "--size", "smoke", "--out", folder)
+    done = fresh_llm_course("run", *SMOKE, "--out", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder.parent / "stdout.txt").write_text(done.stdout)
     return folder

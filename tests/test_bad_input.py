@@ -6,8 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import llm_course
+from commands import fresh_llm_course, llm_course
 
+SMALL = ["--size", "smoke", "--set", "data.village_bytes=50000", "data.docs_bytes=20000", "data.code_bytes=20000", "data.instructions=20", "data.pairs=10"]
 GOOD = b'{"text": "A good line."}\n'
 
 
@@ -60,7 +61,7 @@ NAMES = ["empty", "blank", "malformed", "encoding", "utf16", "picture", "binary"
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_file(name, tmp_path, capsys):
     path, message = files(tmp_path)[name]
-    done = in_process(["run", "--size", "smoke", "--set", "data.village_bytes=50000", "--data", path, "--out", tmp_path / "run", "--quiet"], capsys)
+    done = in_process(["run", *SMALL, "--data", path, "--out", tmp_path / "run", "--quiet"], capsys)
     check(done, message)
     assert not (tmp_path / "run" / "corpus").exists() and not list((tmp_path / "run").glob(".*.partial"))
 
@@ -90,22 +91,22 @@ def test_every_bad_file_is_tried(tmp_path):
 def test_bad_argument(args, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    small = ["--size", "smoke", "--set", "data.village_bytes=50000"] if args[:1] == ["run"] and "--size" not in args else []
+    small = SMALL if args[:1] == ["run"] and "--size" not in args else []
     check(in_process([*args, *small], capsys), message)
 
 
 def test_a_real_process_exits_with_the_status(tmp_path):
-    check(llm_course("run", "--size", "huge", cwd=tmp_path), "unknown size")
-    check(llm_course("chat", "nowhere", cwd=tmp_path), "holds no model")
+    check(fresh_llm_course("run", "--size", "huge", cwd=tmp_path), "unknown size")
+    check(fresh_llm_course("chat", "nowhere", cwd=tmp_path), "holds no model")
 
 
 def test_bad_standard_input(tmp_path):
-    done = llm_course("run", "--size", "smoke", "--set", "data.village_bytes=50000", "--data", "-", "--out", tmp_path / "run", "--quiet", input='{"text": "fine"}\n{"text": \n')
+    done = fresh_llm_course("run", *SMALL, "--data", "-", "--out", tmp_path / "run", "--quiet", input='{"text": "fine"}\n{"text": \n')
     check(done, "-:2: not JSON")
 
 
 def test_folder_of_other_settings(tmp_path, capsys):
-    base = ["prepare", "--size", "smoke", "--set", "data.village_bytes=50000", "data.pairs=0", "data.instructions=20", "--out", tmp_path / "run", "--quiet"]
+    base = ["prepare", *SMALL, "data.pairs=0", "--out", tmp_path / "run", "--quiet"]
     assert in_process(base, capsys).returncode == 0
     check(in_process([*base, "--set", "seed=1"], capsys), "seed: 0 there, 1 now")
     (tmp_path / "run" / "config.json").write_text("{")
@@ -152,7 +153,7 @@ def test_dropped_rows_are_counted(tmp_path):
     rows = [{"text": "A good line about the weather in the village, long enough to be kept by every rule of the chain."}, {"text": "   "}, {"instruction": "Say hello.", "output": ""},
             {"prompt": "Say hello.", "chosen": "Hello.", "rejected": "Hello."}, {"conversations": [{"from": "ghost", "value": "Boo"}]}]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    done = llm_course("prepare", "--size", "smoke", "--set", "data.village_bytes=50000", "--data", f"{tmp_path / 'mine.jsonl'}=0.2", "--out", tmp_path / "run")
+    done = llm_course("prepare", *SMALL, "--data", f"{tmp_path / 'mine.jsonl'}=0.2", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     dropped = json.loads((tmp_path / "run" / "corpus" / "funnel.json").read_text())["dropped_rows"]
     assert [w.split(":")[-1] for w, _ in dropped] == ["2", "3", "4", "5"]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENV
+from commands import ENV
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_course import checkpoint

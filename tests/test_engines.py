@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENV, llm_course
+from commands import ENV, llm_course
 
 SMALL = ["--size", "smoke", "--set", "data.village_bytes=400000", "data.docs_bytes=60000", "data.code_bytes=60000"]
 FILES = ("train.jsonl", "val.jsonl", "conversations.jsonl", "pairs.jsonl", "tasks.jsonl", "funnel.json")
@@ -39,15 +39,15 @@ def test_engines_make_the_same_bytes(engine, tasks, plain, tmp_path):
 
 @pytest.mark.parametrize("engine", ["local", "processes"])
 def test_the_whole_program_is_killed_and_started_again(engine, plain, tmp_path):
-    command = [sys.executable, "-m", "llm_course.cli", "prepare", *SMALL, "--out", str(tmp_path / "run"), "--engine", engine, "--tasks", "3"]
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    arguments = ["prepare", *SMALL, "--out", str(tmp_path / "run"), "--engine", engine, "--tasks", "3"]
+    process = subprocess.Popen([sys.executable, "-m", "llm_course.cli", *arguments], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     work, deadline = tmp_path / "run" / ".corpus.partial" / "work", time.time() + 60
     while not (work / "clean").exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "run" / "corpus").exists()
-    again = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)
+    again = llm_course(*arguments, timeout=200)
     assert again.returncode == 0, again.stderr
     assert "going on where it was stopped" in again.stdout
     assert digest(tmp_path / "run" / "corpus") == plain

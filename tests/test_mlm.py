@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from conftest import ENV, llm_course, metrics_of
+from commands import ENV, llm_course, start
+from conftest import metrics_of
 from llm_course.cli import main
 from llm_course.hub import load_model
 from llm_course.packing import TokenRows
@@ -17,7 +18,8 @@ from llm_course.pretrain import MaskedRows, fill_blanks, masked_accuracy, tokeni
 from llm_course.tasks import IGNORE
 from llm_course.tokenizer import Tokenizer
 
-SETTINGS = ["--size", "smoke", "--objective", "mlm", "--set", "pretrain.mask_share=0.3", "pretrain.whole_words=true", "data.instructions=60", "data.pairs=30"]
+SETTINGS = ["--size", "smoke", "--objective", "mlm", "--set", "pretrain.mask_share=0.3", "pretrain.whole_words=true", "data.instructions=60", "data.pairs=30",
+            "data.village_bytes=450e3", "data.docs_bytes=75e3", "data.code_bytes=75e3", "data.budget_bytes=500e3"]
 TRAIN = ["run", *SETTINGS, "--stages", "prepare,tokenizer,pretrain,report"]
 
 
@@ -76,12 +78,12 @@ def test_it_loads_in_transformers(encoder):
 
 def test_killed_and_resumed_ends_with_the_same_weights(encoder, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "run")
-    process = subprocess.Popen([sys.executable, "-m", "llm_course.cli", *TRAIN, "--out", str(tmp_path / "run"), "--quiet"], env=ENV)
+    process = start(*TRAIN, "--out", tmp_path / "run", "--quiet")
     end = time.monotonic() + 120
-    while not list((tmp_path / "run").glob(".base.partial/checkpoints/step_*")) and time.monotonic() < end and process.poll() is None:
+    while not list((tmp_path / "run").glob(".base.partial/checkpoints/step_*")) and time.monotonic() < end and process.exitcode is None:
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    process.join()
     assert not (tmp_path / "run" / "base").exists(), "it was not killed in time"
     done = llm_course(*TRAIN, "--out", tmp_path / "run")
     assert done.returncode == 0 and "pretrain: going on where it was stopped" in done.stdout, done.stderr

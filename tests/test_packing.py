@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ENV
+from commands import ENV
 from llm_course.hub import to_hf
 from llm_course.model import ModelConfig, Transformer, attention, attention_slowly, document_mask
 from llm_course.packing import (BACKENDS, FilledRows, FlexMask, TokenFile, TokenRows, VarlenMask, best_fit, choose_backend, crop_fit, cut_stream, document_ids,

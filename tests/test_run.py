@@ -6,6 +6,7 @@ import pty
 import random
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import time
 
 import pytest
 import torch
-from conftest import ENV, llm_course, metrics_of
+from commands import ENV, llm_course, start
+from conftest import SMOKE, metrics_of
 from llm_course.reading import read_rows
 from llm_course.hub import load_model
 from llm_course.pipeline import SIZES, STAGES
@@ -37,6 +39,12 @@ def dig(m: dict, key: str):
 def weights(folder) -> dict[str, str]:
     "A hash of each model of a run."
     return {n: hashlib.sha256((folder / n / "model.safetensors").read_bytes()).hexdigest() for n in ("base", "sft", "reward", "ppo", "dpo")}
+
+
+def with_corpus_and_tokenizer(run, folder) -> None:
+    "A run that has come as far as the first training, from a finished one."
+    for name in ("corpus", "tokenizer"):
+        shutil.copytree(run / name, folder / name)
 
 
 def test_metrics_have_all_keys(smoke):
@@ -106,7 +114,7 @@ def test_tokenizer_loads_in_transformers(smoke):
 
 def test_second_run_does_nothing(smoke):
     before = {p: p.stat().st_mtime_ns for p in smoke.rglob("*.safetensors")}
-    done = llm_course("run", "--size", "smoke", "--out", smoke)
+    done = llm_course("run", *SMOKE, "--out", smoke)
     assert done.returncode == 0 and done.stdout.count("done already") == len(STAGES)
     assert before == {p: p.stat().st_mtime_ns for p in smoke.rglob("*.safetensors")}
 
@@ -120,16 +128,15 @@ def test_the_end_of_a_run_is_a_table(smoke):
 def test_killed_at_random_moments(smoke, tmp_path):
     "However often it is killed, the run ends with the weights of the run that was never killed."
     folder, rng, kills = tmp_path / "run", random.Random(os.urandom(4)), 0
-    command = [sys.executable, "-m", "llm_course.cli", "run", "--size", "smoke", "--out", str(folder), "--quiet"]
+    command = ["run", *SMOKE, "--out", folder, "--quiet"]
     for _ in range(7):
-        process = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(3, 9))
-        except subprocess.TimeoutExpired:
-            process.send_signal(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
-            process.wait()
+        process = start(*command)
+        process.join(rng.uniform(0.3, 5))
+        if process.exitcode is None:
+            os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+            process.join()
             kills += 1
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+    done = llm_course(*command)
     assert done.returncode == 0, done.stderr
     assert kills and weights(folder) == weights(smoke)
     ours, theirs = metrics_of(folder), metrics_of(smoke)
@@ -138,7 +145,8 @@ def test_killed_at_random_moments(smoke, tmp_path):
     assert ours == theirs
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+def test_ctrl_c_says_how_to_go_on(smoke, tmp_path):
+    with_corpus_and_tokenizer(smoke, tmp_path / "run")
     process = subprocess.Popen([sys.executable, "-m", "llm_course.cli", "run", "--size", "smoke", "--set", "pretrain.tokens=20e6", "--out", str(tmp_path / "run")],
                                env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -155,11 +163,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
 
 
 def test_changed_settings_need_update_and_repeat_only_what_they_touch(smoke, tmp_path):
-    import shutil
     shutil.copytree(smoke, tmp_path / "run")
-    refused = llm_course("run", "--size", "smoke", "--set", "dpo.beta=0.2", "--out", tmp_path / "run")
+    refused = llm_course("run", *SMOKE, "--set", "dpo.beta=0.2", "--out", tmp_path / "run")
     assert refused.returncode == 2 and "dpo.beta: 0.3 there, 0.2 now" in refused.stderr and "--update" in refused.stderr
-    done = llm_course("run", "--size", "smoke", "--set", "dpo.beta=0.2", "--out", tmp_path / "run", "--update")
+    done = llm_course("run", *SMOKE, "--set", "dpo.beta=0.2", "--out", tmp_path / "run", "--update")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"(\w+): started", done.stdout) == ["dpo", "eval"]
     before, after = weights(smoke), weights(tmp_path / "run")
@@ -168,7 +175,7 @@ def test_changed_settings_need_update_and_repeat_only_what_they_touch(smoke, tmp
 
 def test_stages_one_by_one(smoke, tmp_path):
     for stage in ("prepare", "tokenizer", "pretrain"):
-        done = llm_course(stage, "--size", "smoke", "--out", tmp_path / "run")
+        done = llm_course(stage, *SMOKE, "--out", tmp_path / "run")
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "base" / "model.safetensors").read_bytes() == (smoke / "base" / "model.safetensors").read_bytes()
     missing = llm_course("dpo", "--out", tmp_path / "run")
@@ -177,7 +184,8 @@ def test_stages_one_by_one(smoke, tmp_path):
 
 def test_two_processes_train_as_one(smoke, tmp_path):
     "torchrun with two processes: the same chain, the same losses."
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613", "-m", "llm_course.cli", "run", "--size", "smoke",
+    with_corpus_and_tokenizer(smoke, tmp_path / "two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613", "-m", "llm_course.cli", "run", *SMOKE,
                "--stages", "prepare,tokenizer,pretrain,sft", "--out", str(tmp_path / "two")]
     done = subprocess.run(command, env=ENV | {"ACCELERATE_USE_CPU": "yes"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import ENV
+from commands import ENV
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_course.cli import main

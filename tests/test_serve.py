@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENV, llm_course
+from commands import ENV, llm_course
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

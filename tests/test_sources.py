@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from conftest import llm_course
+from commands import llm_course
 from llm_course.reading import DataError, read_rows
 from llm_course.corpus import dataset_rows, list_inputs, sort_rows, sorted_rows, split, used_inputs, write_plan
 from llm_course.pipeline import SIZES, merged

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import ENV
+from commands import ENV
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_course.checkpoint import checkpoints

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENV
+from commands import ENV
 from safetensors.torch import load_file
 
 PROGRAM = Path(__file__).with_name("stages_program.py")

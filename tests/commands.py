@@ -1,0 +1,73 @@
+"""The command `llm_course` in a process of its own, forked from one that has loaded torch already: that costs seven seconds of work, and need not be done for each command.
+
+The processes are real: of their own memory, signals, exit status, and files for what they say. What a start from nothing is like, a few tests try with `subprocess`."""
+import os
+import subprocess
+import sys
+import tempfile
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
+
+ENV = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK"))} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+PRELOAD = ["commands", "llm_course.cli", "llm_course.pipeline", "llm_course.chat", "torch._dynamo", "accelerate", "matplotlib.pyplot"]
+CAN_FORK = "forkserver" in get_all_start_methods()     # not on Windows
+
+
+def _server():
+    "The context of a process that is forked. It is started once, with the environment of a command: torch reads it while it is loaded."
+    from multiprocessing import forkserver
+    context = get_context("forkserver")
+    before, here = dict(os.environ), Path(__file__).resolve().parent
+    context.set_forkserver_preload(PRELOAD)
+    try:
+        os.environ.clear()
+        os.environ.update(ENV | {"PYTHONPATH": os.pathsep.join(filter(None, [ENV.get("PYTHONPATH"), str(here.parent), str(here)]))})
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _main(args: list[str], cwd: str, streams: list[str]) -> None:
+    from llm_course.cli import main
+    for number, (path, flags) in enumerate(zip(streams, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY))):
+        stream = os.open(path, flags)
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    os.environ.clear()
+    os.environ.update(ENV)
+    os.chdir(cwd)
+    sys.argv = ["llm_course", *args]
+    sys.exit(main(args))
+
+
+def start(*args: str, cwd: Path | str = ".", streams=(os.devnull,) * 3):
+    "The command, started; `streams` are the paths of its input, output and errors. Returns the process (of `multiprocessing`)."
+    process = _server().Process(target=_main, args=([str(a) for a in args], str(Path(cwd).resolve()), [str(s) for s in streams]))
+    process.start()
+    return process
+
+
+def llm_course(*args: str, cwd: Path | str = ".", timeout: float = 300, input: str = "") -> subprocess.CompletedProcess:
+    "The command from its start to its end."
+    if not CAN_FORK:
+        return fresh_llm_course(*args, cwd=cwd, timeout=timeout, input=input)
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder) / name for name in ("input", "output", "errors")]
+        for stream in streams:
+            stream.write_text(input if stream.name == "input" else "", encoding="utf-8")
+        process = start(*args, cwd=cwd, streams=streams)
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(args, timeout)
+        out, err = (s.read_text(encoding="utf-8", errors="replace") for s in streams[1:])
+    return subprocess.CompletedProcess(args, process.exitcode, out, err)
+
+
+def fresh_llm_course(*args: str, cwd: Path | str = ".", timeout: float = 300, **kw) -> subprocess.CompletedProcess:
+    "The command as a user starts it, from nothing."
+    return subprocess.run([sys.executable, "-m", "llm_course.cli", *map(str, args)], cwd=cwd, env=ENV, timeout=timeout, capture_output=True, text=True, **kw)
