@@ -207,11 +207,13 @@ def split_batch(batch_size: int, micro_batch: int, devices: int) -> tuple[int, i
 
 # %% ../nbs/05a_scale.ipynb #6ff344e5
 def find_remedies(c: ModelConfig, usable: float, devices: int, mode: str, rows: int, bf16: bool, recompute: bool, may_shard: bool = True) -> list[str]:
-    """What to change so that a step fits into `usable` bytes; each with the GiB that a device would need then.
+    """What to change so that a step fits into `usable` bytes; each with the GiB that a device would need then. Nothing where it fits already.
 
     Single changes, the gentlest first: a smaller micro-batch, recomputing (a third more work), dividing the weights (more messages; not
     without `may_shard`). Where none is enough pairs of them, in the same order, then all three."""
     need = lambda rows=rows, mode=mode, recompute=recompute: estimate_memory(c, rows, None, mode, devices, bf16, recompute).total
+    if need() <= usable:
+        return []
     shard = may_shard and devices > 1 and "weights" not in SHARDED[mode]
     kinds = [[("pretrain.micro_batch=" + str(2**k), {"rows": 2**k}) for k in range(20, -1, -1) if 2**k < rows],      # the largest that fits is taken
              [("pretrain.recompute=true", {"recompute": True})] * (not recompute), [("--mode fsdp", {"mode": "fsdp"})] * shard]

@@ -220,8 +220,8 @@ def test_estimates_hang_together(c, batch, P, mode, bf16, recompute):
 def test_remedies_are_true(c, card, devices, rows, recompute):
     "What a plan advises fits, and it advises something."
     usable, mode = CARDS[card].memory * 2**30, "ddp" if devices > 1 else "single"
-    found = find_remedies(c, usable, devices, mode, rows, True, recompute)
-    assert found
+    found, fits = find_remedies(c, usable, devices, mode, rows, True, recompute), estimate_memory(c, rows, None, mode, devices, True, recompute).total <= usable
+    assert bool(found) != fits
     for text in found:
         if text.startswith("even with"):
             assert estimate_memory(c, 1, None, "fsdp" if devices > 1 else mode, devices, True, True).total > usable

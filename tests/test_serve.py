@@ -496,7 +496,8 @@ class Terminal:
     def __init__(self, *args: str):
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen([sys.executable, "-m", "llm_course.cli", "chat", *map(str, args)], env=ENV | {"TERM": "xterm"}, stdin=slave, stdout=slave, stderr=slave,
-                                        close_fds=True, start_new_session=True)
+                                        close_fds=True, start_new_session=True,
+                                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a runner in the background hands down that Ctrl-C is ignored
         os.close(slave)
         self.rest = ""
 
