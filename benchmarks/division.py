@@ -88,4 +88,4 @@ if __name__ == "__main__":
                "highest_ratio": max(r["ratio"] for r in rows)}
     if args.save:
         save("division", "Peak memory of a process in a training step, by how the run is divided, beside scale.estimate_memory, in MiB: one, two and four processes on a CPU, float32, "
-             "two micro-batches of one row of 64 tokens on each.", figures)
+             "two micro-batches of one row of 64 tokens on each.", figures, ("accelerate", "deepspeed"))
