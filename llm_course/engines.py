@@ -64,7 +64,8 @@ def _child(call: Callable, arguments: tuple, log: str, answer) -> None:
 
 
 def _context():
-    "Processes are forked from one that has imported what tasks need; where the system has no such thing (Windows), each is a fresh interpreter."
+    """Processes are forked from one that has imported what tasks need, with the environment variables of the moment when the first was started;
+    where the system has no such thing (Windows), each is a fresh interpreter."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")

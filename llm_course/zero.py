@@ -217,9 +217,10 @@ def load_zero(engine: ZeroEngine, weights: dict[str, Tensor], optimizer_state: d
     engine.inner.refresh_fp32_params()
     states = engine.inner.optimizer.state
     for flat in engine.flats:
-        for value in states.get(flat, {}).values() if optimizer_state else ():
+        if not optimizer_state:
+            states.pop(flat, None)
+        for value in states.get(flat, {}).values():
             value.zero_()                               # DeepSpeed keeps views of them, so they are filled anew rather than replaced
-        states.pop(flat, None) if not optimizer_state else None
     for full, value in optimizer_state.items():
         name, key = full.rsplit(".", 1)
         place = engine.place(trained[name])

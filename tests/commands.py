@@ -2,6 +2,7 @@
 
 The processes are real: of their own memory, signals, exit status, and files for what they say. What a start from nothing is like, a few tests try with `subprocess`."""
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,16 @@ def llm_course(*args: str, cwd: Path | str = ".", timeout: float = 300, input: s
             raise subprocess.TimeoutExpired(args, timeout)
         out, err = (s.read_text(encoding="utf-8", errors="replace") for s in streams[1:])
     return subprocess.CompletedProcess(args, process.exitcode, out, err)
+
+
+def as_launched(n: int, program: Path | str, *arguments: Path | str, **variables: str) -> list[subprocess.Popen]:
+    "A program on `n` processes, with the variables that torchrun would set, and no launcher that ends the others when one dies. What they say comes as one stream."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    where = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if n > 1 else {}
+    each = [{"RANK": str(r), "LOCAL_RANK": str(r)} if n > 1 else {} for r in range(n)]
+    return [subprocess.Popen([sys.executable, str(program), *map(str, arguments)], env=ENV | variables | where | e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in each]
 
 
 def fresh_llm_course(*args: str, cwd: Path | str = ".", timeout: float = 300, **kw) -> subprocess.CompletedProcess:

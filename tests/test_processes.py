@@ -1,17 +1,13 @@
 """One trainer on one process, on two with DDP, FSDP2, DeepSpeed's ZeRO-2 and ZeRO-3: the same losses, the same decisions, checkpoints that fit all of them."""
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENV
+from commands import as_launched
 from llm_course.checkpoint import checkpoints
 from llm_course.hub import load_model
 from llm_course.reading import UserError
@@ -27,23 +23,10 @@ if find_spec("deepspeed") is None or torch.cuda.is_available():      # with GPUs
     del LAUNCHES["zero2,zero3"]
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 class Ran(dict):
     "What each mode did; a test of one that could not run here is skipped."
     def __missing__(self, mode):
         pytest.skip("DeepSpeed is not installed here" if mode.startswith("zero") else f"{mode} did not run")
-
-
-def start(modes: str, folder: Path) -> list[subprocess.Popen]:
-    "The program, as a launcher would start it; without one, nobody ends the others when a process dies."
-    each = [{}] if modes == "one" else [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for r in range(2)]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if modes != "one" else {}
-    return [subprocess.Popen([sys.executable, PROGRAM, modes, folder], env=ENV | LAUNCHES[modes] | where | e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in each]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +34,7 @@ def ran(tmp_path_factory) -> Ran:
     "What each mode did; the exit codes, and the seconds that the others needed after one process had gone."
     folder, results = tmp_path_factory.mktemp("processes"), Ran()
     for modes in LAUNCHES:
-        processes, said, gone = start(modes, folder), "", None
+        processes, said, gone = as_launched(1 if modes == "one" else 2, PROGRAM, modes, folder, **LAUNCHES[modes]), "", None
         try:
             if modes != "one":
                 processes[-1].wait(timeout=300)

@@ -1,23 +1,14 @@
 """Every stage that trains, on two processes: it ends where one process ends. One program runs them all, once alone and once as a pair."""
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from commands import ENV
+from commands import as_launched
 from safetensors.torch import load_file
 
 PROGRAM = Path(__file__).with_name("stages_program.py")
 STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "ppo divided")
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +18,10 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     stages_program.all_stages(one)
     os.symlink(one / "tokenizer", two / "tokenizer")
-    env = ENV | {"ACCELERATE_USE_CPU": "yes", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    pair = [subprocess.Popen([sys.executable, str(PROGRAM), str(two)], env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True) for r in "01"]
+    pair = as_launched(2, PROGRAM, two, ACCELERATE_USE_CPU="yes")
     try:
         for process in pair:
-            _, said = process.communicate(timeout=200)
+            said, _ = process.communicate(timeout=200)
             assert process.returncode == 0, said[-3000:]
     finally:
         for process in pair:

@@ -2,14 +2,13 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENV
+from commands import as_launched
 from llm_course.model import ModelConfig, Transformer
 from llm_course.packing import packed_loss, stack_rows
 from llm_course.reading import UserError
@@ -110,13 +109,8 @@ def main(folder):
 def ran(tmp_path_factory):
     if find_spec("deepspeed") is None or torch.cuda.is_available():
         pytest.skip("DeepSpeed is not installed here")
-    import socket
     folder = tmp_path_factory.mktemp("zero")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    env = ENV | {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [subprocess.Popen([sys.executable, __file__, folder], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(PROCESSES)]
+    started = as_launched(PROCESSES, __file__, folder, ACCELERATE_USE_DEEPSPEED="true")
     try:
         for process in started:
             said, _ = process.communicate(timeout=300)
