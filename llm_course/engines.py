@@ -14,9 +14,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from .filtering import clean_documents
@@ -73,23 +73,26 @@ def _context():
     return context
 
 
-def _one_task(call: Callable, arguments: tuple, name: str, logs: Path, running: set) -> None:
-    "One task in a process of its own. Raises what it raised, or UserError when it was killed."
+def _start(call: Callable, arguments: tuple, log: Path) -> tuple:
+    "One task in a process of its own, started, and the end of the pipe through which it says what it raised."
     context = _context()
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(call, arguments, str(logs / f"{name}.log"), send))
+    process = context.Process(target=_child, args=(call, arguments, str(log), send))
     process.start()
     send.close()
-    running.add(process.pid)
-    process.join()                               # waits for this process only, whatever its own children do
-    running.discard(process.pid)
+    return process, receive
+
+
+def _finish(process, receive, name: str, log: Path) -> None:
+    "After the end of a task: raises what it raised, or UserError when it was killed."
+    process.join()
     _end_group(process.pid)
-    error = receive.recv() if process.exitcode == 0 and receive.poll() else None
     if process.exitcode != 0:
         raise UserError(f"a worker of the stage {name} was killed (exit code {process.exitcode}), most often by the system for want of memory. What is finished is kept: "
-                        f"run the same command again, with fewer workers if memory was short (messages of the workers: {logs / (name + '.log')})")
-    if error is not None:
-        raise error
+                        f"run the same command again, with fewer workers if memory was short (messages of the workers: {log})")
+    with receive:
+        if error := receive.recv() if receive.poll() else None:
+            raise error
 
 
 def _end_group(pid: int) -> None:
@@ -102,16 +105,19 @@ def _end_group(pid: int) -> None:
 def _pool(name: str, call: Callable, arguments: list[tuple], workers: int, logs: Path) -> None:
     "Run `call(*a)` for all arguments, each in a process of its own. Raises what a call raises, and UserError when a worker is killed."
     logs.mkdir(parents=True, exist_ok=True)
-    running: set[int] = set()
-    with ThreadPoolExecutor(workers) as threads:
-        try:
-            for done in as_completed([threads.submit(_one_task, call, a, name, logs, running) for a in arguments]):
-                done.result()
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            for pid in list(running):
-                _end_group(pid)
-            raise
+    waiting, running, log = list(reversed(arguments)), {}, logs / f"{name}.log"
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                process, receive = _start(call, waiting.pop(), log)
+                running[process.sentinel] = process, receive
+            for ended in wait(list(running)):        # waits for these processes only, whatever their children do
+                _finish(*running.pop(ended), name, log)
+    except BaseException:
+        for process, _ in running.values():
+            process.kill()
+            _end_group(process.pid)
+        raise
 
 # %% ../nbs/02e_engines.ipynb #40879e44
 class Step:

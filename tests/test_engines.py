@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import ENV, llm_course
+from llm_course.engines import Engine, run_tasks
 
 SMALL = ["--size", "smoke", "--set", "data.village_bytes=400000", "data.docs_bytes=60000", "data.code_bytes=60000"]
 FILES = ("train.jsonl", "val.jsonl", "conversations.jsonl", "pairs.jsonl", "tasks.jsonl", "funnel.json")
@@ -72,3 +73,8 @@ def test_a_bad_row_found_by_a_worker_is_told(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "Good."}\n{"text": \n')
     done = llm_course("prepare", *SMALL, "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "run", "--engine", "processes", "--tasks", "2")
     assert done.returncode == 2 and "bad.jsonl:2" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_many_short_tasks_end_well(tmp_path):
+    "Several processes that end at the same moment: each exit code is read by the one who waits for it."
+    run_tasks([("nothing", max, True)], Engine("processes", tasks=150, workers=4), tmp_path / "logs")
