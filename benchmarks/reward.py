@@ -269,7 +269,8 @@ def more_wrong(lab: Lab, share: float) -> list[dict]:
 
 @torch.no_grad()
 def likelihoods(lab: Lab) -> dict:
-    "Log-probabilities of the answers under the fine-tuned model: sum, mean and lowest token, `[N, 2, 3]` by split."
+    """Log-probabilities of the answers under the fine-tuned model, `[N, 2, 4]` by split: sum, mean, lowest token, and how far below the
+    model's favourite the worst token lies."""
     model, tok = lab.body().eval(), lab.tokenizer
     out = {}
     for split in ("val", "test"):
@@ -278,9 +279,10 @@ def likelihoods(lab: Lab) -> dict:
             for side in ("chosen", "rejected"):
                 start = len(tok.chat(p["prompt"], add_generation_prompt=True)[0])
                 ids = torch.tensor([tok.chat([*p["prompt"], *p[side]])[0]])
-                logps = model(ids)[0, start - 1:-1].float().log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0]
-                rows.append([logps.sum().item(), logps.mean().item(), logps.min().item()])
-        out[split] = torch.tensor(rows).view(-1, 2, 3).tolist()
+                every = model(ids)[0, start - 1:-1].float().log_softmax(-1)
+                logps = every.gather(-1, ids[0, start:, None])[:, 0]
+                rows.append([x.item() for x in (logps.sum(), logps.mean(), logps.min(), (logps - every.max(-1).values).min())])
+        out[split] = torch.tensor(rows).view(-1, 2, 4).tolist()
     return out
 
 
@@ -307,7 +309,7 @@ def content(lab: Lab, n: int = 2000) -> dict:
     figures = {name: lab.scores(result) | {"val": {k: v["value"] for k, v in lab.scores(result, "val").items() if k != "ece"}} for name, result in arms.items()}
     features = remembered(f"{lab.run.name}-likelihoods", lambda: likelihoods(lab))
     alone, both = {}, {}
-    for i, name in enumerate(("sum", "mean", "lowest token")):
+    for i, name in enumerate(("sum", "mean", "lowest token", "furthest below the favourite")):
         f = torch.tensor(features["test"])[..., i]
         alone[name] = accuracies(lab.test, f[:, 0] > f[:, 1])
         both[name] = {"plain recipe": together(lab, plain, features, i), "stage": together(lab, lab.stage(), features, i)}

@@ -192,8 +192,9 @@ def calibration_error(bins: Sequence[dict]) -> float:
 
 
 def length_slope(rewards: Tensor, lengths: Tensor, gold: Tensor) -> float:
-    """How much reward one more unit of length brings at equal gold reward, by least squares over pairs; all three are `[N, 2]`.
+    """How many gold points one more unit of length is worth to a reward model, by least squares over pairs; all three are `[N, 2]`.
 
-    Within a pair the prompt is the same, so differences are compared: Δreward = a Δgold + b Δlength; returned is b."""
+    Within a pair the prompt is the same, so differences are compared: Δreward = a Δgold + b Δlength; returned is b / a."""
     x = torch.stack([gold[:, 0] - gold[:, 1], lengths[:, 0] - lengths[:, 1]], 1).double()
-    return torch.linalg.lstsq(x, (rewards[:, 0] - rewards[:, 1]).double()[:, None]).solution[1, 0].item()
+    a, b = torch.linalg.lstsq(x, (rewards[:, 0] - rewards[:, 1]).double()[:, None]).solution[:, 0].tolist()
+    return b / a
