@@ -1,5 +1,5 @@
-"""Best-of-n from the fine-tuned model of a run, n = 1 to 64, against three reward models: the run's own, one of 250 pairs, and one whose annotators
-often just took the longer answer. Gold reward, proxy reward, KL and win rate on the same tasks, with the same settings, as the run's evaluation.
+"""Best-of-n from the fine-tuned model of a run, n = 1 to 64, against the run's own reward model, the same with the fine-tuned model's log-probability of
+the answer added, a reward model of 250 pairs, and one whose annotators often just took the longer answer. Gold reward, proxy reward, KL and win rate on the same tasks, with the same settings, as the run's evaluation.
 
 The small reward models come from benchmarks/reward.py's recipe. What an arm gave is kept in runs/reward-cache. One thread, float32."""
 import json
@@ -12,9 +12,10 @@ from reward import CACHE, Lab, about_run, by_majority, prefer_longer, remembered
 from llm_course.bestofn import answer_pool, best_of_n, best_of_n_kl, pool_logps, pool_rewards
 from llm_course.evaluate import ask_tasks, gold_rewards, mean_interval
 from llm_course.generate import Sampling
-from llm_course.reward import RewardModel, pair_examples, train_reward
+from llm_course.reward import RewardModel, likelihood_weight, pair_examples, train_reward
 from llm_course.trainer import TrainConfig, seed_all
-from llm_course.world import grade, sample_tasks
+from llm_course.votes import filter_pairs
+from llm_course.world import grade, preference_rows, sample_tasks
 
 NS = (1, 2, 4, 8, 16, 32, 64)
 LR, BATCH = 5e-4, 16
@@ -50,6 +51,12 @@ def pools(lab: Lab, tasks: list[dict], n: int, max_new_tokens: int) -> dict:
     return out
 
 
+def likelihood_share(lab: Lab) -> float:
+    "The a in r + a log p(answer), by the choices of val people's pairs: majority votes, none of them trained on."
+    held_out, _ = filter_pairs(preference_rows(lab.village, 300, "val", lab.seed))
+    return likelihood_weight(RewardModel.load(lab.run / "reward"), lab.body(), held_out, lab.tokenizer)
+
+
 def frontier(made: dict, proxy: torch.Tensor, sft_gold: list[float]) -> list[dict]:
     "One row a number of answers."
     part = {k: torch.tensor(made[k], dtype=torch.float64) for k in ("gold", "words", "right", "polite", "logps")}
@@ -72,9 +79,11 @@ def main() -> None:
     tasks = sample_tasks(lab.village, "test", args.tasks, lab.seed + 2)
     sft = remembered(f"{lab.run.name}-sft-gold-{args.tasks}", lambda: {"gold": gold_rewards(tasks, ask_tasks(lab.body(), lab.tokenizer, tasks, max_new_tokens=new, sampling=Sampling(1.0), seed=lab.seed))})["gold"]
     made = remembered(f"{lab.run.name}-pool-{args.tasks}-{args.pool}", lambda: pools(lab, tasks, args.pool, new))
-    figures = {"run": about_run(lab.run), "tasks": args.tasks, "pool": args.pool, "max_new_tokens": new, "sft": {"gold": mean_interval(sft)},
+    a = remembered(f"{lab.run.name}-likelihood-weight", lambda: {"weight": likelihood_share(lab)})["weight"]
+    made["proxy: all pairs, and likelihood"] = (torch.tensor(made["proxy: all pairs"], dtype=torch.float64) + a * torch.tensor(made["logps"], dtype=torch.float64)).tolist()
+    figures = {"likelihood_weight": a, "run": about_run(lab.run), "tasks": args.tasks, "pool": args.pool, "max_new_tokens": new, "sft": {"gold": mean_interval(sft)},
                "distinct_answers": sum(made["distinct"]) / len(tasks), "frontiers": {}}
-    for key in (k for k in made if k.startswith("proxy: ")):
+    for key in [k for k in made if k.startswith("proxy: ")]:
         rows = figures["frontiers"][key.removeprefix("proxy: ")] = frontier(made, torch.tensor(made[key], dtype=torch.float64), sft)
         for r in rows:
             print(key, {k: round(v["value"] if isinstance(v, dict) else v, 3) for k, v in r.items()}, flush=True)

@@ -366,11 +366,13 @@ def real(lab: Lab | None, seeds: int = 2) -> dict:
         pairs = [p for p in convert(read_rows(testdata() / "pref" / file), "preference") if p["chosen"] != p["rejected"]]
         random.Random(0).shuffle(pairs)
         train, test = pairs[len(pairs) * 3 // 10:], pairs[:len(pairs) * 3 // 10]
-        longer = longest_answer_baseline(test)
         made = [remembered(f"real-{file}-{s}", lambda: {"right": tiny_reward(train, test, s)})["right"] for s in range(seeds)]
-        words_only = counted_words(train, test)
-        out[name] = {"train": len(train), "test": len(test), "longer": rate(longer * len(test), len(test)), "shorter": rate((1 - longer) * len(test), len(test)),
-                     "counted_words": rate(sum(words_only), len(test)), "model": [rate(sum(r), len(r)) for r in made]}
+        known = {p["prompt"][0]["content"] for p in train}                    # conversations that begin as one of the training part do not count
+        new = [p["prompt"][0]["content"] not in known for p in test]
+        kept, n = [p for p, fresh in zip(test, new) if fresh], sum(new)
+        longer, words_only = longest_answer_baseline(kept), counted_words(train, kept)
+        out[name] = {"train": len(train), "test": n, "longer": rate(longer * n, n), "shorter": rate((1 - longer) * n, n), "counted_words": rate(sum(words_only), n),
+                     "model": [rate(sum(r for r, fresh in zip(right, new) if fresh), n) for right in made]}
     return out
 
 

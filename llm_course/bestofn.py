@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['subset_weights', 'best_of_n', 'best_of_n_kl', 'answer_pool', 'pool_rewards', 'pool_logps']
 
-# %% ../nbs/07_best_of_n.ipynb #42568a4b
+# %% ../nbs/07_best_of_n.ipynb #9057aba8
 import math
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from .model import Transformer
 from .reward import RewardModel, rewards_of
 from .tokenizer import Tokenizer
 
-# %% ../nbs/07_best_of_n.ipynb #fbbe399a
+# %% ../nbs/07_best_of_n.ipynb #97f142bf
 def subset_weights(N: int, n: int) -> Tensor:
     "The probability `[N]` that the answer at each place, worst first, is the best of `n` drawn from `N` without putting back. Raises UserError unless 1 ≤ n ≤ N."
     if not 1 <= n <= N:
@@ -41,7 +41,7 @@ def best_of_n(proxy: Tensor, values: Tensor, n: int) -> Tensor:
         out.append((share * torch.zeros(len(level), dtype=torch.float64).index_add(0, group, v) / size).sum())
     return torch.stack(out)
 
-# %% ../nbs/07_best_of_n.ipynb #b045ec9e
+# %% ../nbs/07_best_of_n.ipynb #a333ddd7
 def best_of_n_kl(n: int, p: Tensor | float = 0.0) -> Tensor:
     """KL divergence in nats of best-of-n from the model, as estimated from the probability `p` of the answers picked (Beirami et al., 2024).
 
@@ -51,7 +51,7 @@ def best_of_n_kl(n: int, p: Tensor | float = 0.0) -> Tensor:
     gain = torch.where(p > 1e-12, ((1 - missed) / p.clamp(min=1e-12)).log(), math.log(n))
     return missed * (math.log(n) + (n - 1) * torch.log1p(-p) - (n - 1) / n) + (1 - missed) * gain
 
-# %% ../nbs/07_best_of_n.ipynb #be1d6ee9
+# %% ../nbs/07_best_of_n.ipynb #be2d630c
 def answer_pool(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[dict]], n: int, max_new_tokens: int = 48, temperature: float = 1.0,
                 seed: int = 0, batch_size: int = 256) -> list[list[list[int]]]:
     """`n` sampled answers (token ids, with the end token where the answer ended) to each prompt, a list of messages.

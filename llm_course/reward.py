@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_choices', 'bradley_terry_loss', 'RewardModel', 'pair_examples', 'reward_batch', 'reward_loss', 'train_reward',
            'rewards_of', 'pair_rewards', 'pair_correctness', 'as_gold', 'calibration', 'calibration_error',
-           'length_slope']
+           'length_slope', 'pair_logps', 'likelihood_weight']
 
 # %% ../nbs/07_reward_model.ipynb #4865f147
 from collections.abc import Sequence
@@ -198,3 +198,30 @@ def length_slope(rewards: Tensor, lengths: Tensor, gold: Tensor) -> float:
     x = torch.stack([gold[:, 0] - gold[:, 1], lengths[:, 0] - lengths[:, 1]], 1).double()
     a, b = torch.linalg.lstsq(x, (rewards[:, 0] - rewards[:, 1]).double()[:, None]).solution[:, 0].tolist()
     return b / a
+
+# %% ../nbs/07_reward_model.ipynb #ceef7ba7
+@torch.no_grad()
+def pair_logps(model: Transformer, pairs: Sequence[dict], tokenizer: Tokenizer, batch_size: int = 64) -> Tensor:
+    "Summed log-probabilities `[N, 2]` of the chosen and the rejected answer of each pair under a language model."
+    device, out = model.embed_tokens.weight.device, []
+    examples, _ = pair_examples(pairs, tokenizer, model.config.max_seq_len)
+    if len(examples) < len(pairs):
+        raise UserError(f"{len(pairs) - len(examples)} of {len(pairs)} pairs are longer than max_seq_len={model.config.max_seq_len}; leave them out first")
+    model.eval()
+    for i in range(0, len(examples), batch_size):
+        batch = pair_batch(examples[i:i + batch_size], tokenizer.pad_id)
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).to(device)
+        keep = targets != -100
+        logps = model(batch["input_ids"].to(device), keep=keep).float().log_softmax(-1).gather(-1, targets[keep][:, None])[:, 0]
+        sums = torch.zeros(len(targets), device=device).index_add(0, keep.nonzero()[:, 0], logps)
+        out.append(sums.double().cpu().view(2, -1).T)
+    return torch.cat(out)
+
+
+def likelihood_weight(model: RewardModel, language_model: Transformer, pairs: Sequence[dict], tokenizer: Tokenizer) -> float:
+    """The `a` for which reward + a · log-probability orders held-out `pairs` best: by the maximum likelihood of their choices.
+
+    The pairs must not be those that the reward model was trained on. Raises UserError where they fix no finite weights."""
+    both = torch.stack([pair_rewards(model, pairs, tokenizer), pair_logps(language_model, pairs, tokenizer)], -1)       # [N, 2, features]
+    w = fit_choices(both[:, 0] - both[:, 1])
+    return (w[1] / w[0]).item()

@@ -12,7 +12,8 @@ from llm_course.bestofn import answer_pool, best_of_n, best_of_n_kl, pool_logps,
 from llm_course.formats import convert
 from llm_course.model import ModelConfig, Transformer
 from llm_course.reading import UserError, read_rows
-from llm_course.reward import RewardModel, bradley_terry_loss, calibration, calibration_error, fit_choices, length_slope, pair_examples, pair_rewards, rewards_of, train_reward
+from llm_course.reward import (RewardModel, bradley_terry_loss, calibration, calibration_error, fit_choices, length_slope, likelihood_weight, pair_examples, pair_logps, pair_rewards, rewards_of,
+                               train_reward)
 from llm_course.tokenizer import train_tokenizer
 from llm_course.trainer import TrainConfig, seed_all
 
@@ -151,6 +152,18 @@ def test_a_pool_is_judged_as_each_answer_alone(tok):
         alone = model(torch.tensor([asked + answer]))[0, len(asked) - 1:-1].log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum()
         assert logps[i, j].item() == pytest.approx(alone.item(), abs=1e-4)
         assert rewards[i, j].item() == pytest.approx(rewards_of(judge, [asked + answer], tok.pad_id)[0], abs=1e-5)
+
+
+def test_the_weight_of_the_likelihood_is_that_of_its_choices(tok):
+    model, body = small(tok), small(tok).body.eval()
+    rows = [{"prompt": [{"role": "user", "content": f"Name river {i}."}], **{s: [{"role": "assistant", "content": f"{s} {i * k}."}] for k, s in ((1, "chosen"), (7, "rejected"))}} for i in range(200)]
+    r, l = pair_rewards(model, rows, tok), pair_logps(body, rows, tok)
+    gaps = 2 * (r[:, 0] - r[:, 1]) + 0.6 * (l[:, 0] - l[:, 1])
+    swap = torch.rand(200, generator=torch.Generator().manual_seed(0)) > gaps.sigmoid()
+    voted = [p | {"chosen": p["rejected"], "rejected": p["chosen"]} if s else p for p, s in zip(rows, swap)]
+    ours, x = likelihood_weight(model, body, voted, tok), torch.stack([r[:, 0] - r[:, 1], l[:, 0] - l[:, 1]], 1)
+    w = fit_choices(torch.where(swap[:, None], -x, x))
+    assert ours == pytest.approx((w[1] / w[0]).item(), rel=1e-3)
 
 
 def test_the_records_hold_figures_only():
