@@ -156,9 +156,9 @@ def test_a_pool_is_judged_as_each_answer_alone(tok):
 
 def test_the_weight_of_the_likelihood_is_that_of_its_choices(tok):
     model, body = small(tok), small(tok).body.eval()
-    rows = [{"prompt": [{"role": "user", "content": f"Name river {i}."}], **{s: [{"role": "assistant", "content": f"{s} {i * k}."}] for k, s in ((1, "chosen"), (7, "rejected"))}} for i in range(200)]
+    rows = [{"prompt": [{"role": "user", "content": f"Name river {i}."}], **{s: [{"role": "assistant", "content": f"{1000 + i * k}."}] for k, s in ((1, "chosen"), (7, "rejected"))}} for i in range(200)]
     r, l = pair_rewards(model, rows, tok), pair_logps(body, rows, tok)
-    gaps = 2 * (r[:, 0] - r[:, 1]) + 0.6 * (l[:, 0] - l[:, 1])
+    gaps = sum((x[:, 0] - x[:, 1]) / (x[:, 0] - x[:, 1]).std() for x in (r, l))
     swap = torch.rand(200, generator=torch.Generator().manual_seed(0)) > gaps.sigmoid()
     voted = [p | {"chosen": p["rejected"], "rejected": p["chosen"]} if s else p for p, s in zip(rows, swap)]
     ours, x = likelihood_weight(model, body, voted, tok), torch.stack([r[:, 0] - r[:, 1], l[:, 0] - l[:, 1]], 1)
