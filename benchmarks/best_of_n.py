@@ -37,18 +37,30 @@ def judges(lab: Lab) -> dict:
             "1,000 pairs, length-biased": lambda: trained("long", prefer_longer(sample(lab.rows, 1000, 0), 0.5, 0))}
 
 
-def pools(lab: Lab, tasks: list[dict], n: int, max_new_tokens: int) -> dict:
-    "For each task n answers of the fine-tuned model: their gold rewards, lengths in words, log-probabilities, and rewards by each judge."
+def pools(lab: Lab, tasks: list[dict], n: int, max_new_tokens: int, number: int) -> dict:
+    "For each task n answers of the fine-tuned model: ids, gold rewards, lengths in words, log-probabilities."
     model, tok, prompts = lab.body().eval(), lab.tokenizer, [[{"role": "user", "content": t["prompt"]}] for t in tasks]
-    pool = answer_pool(model, tok, prompts, n, max_new_tokens, seed=lab.seed + 100)
+    pool = answer_pool(model, tok, prompts, n, max_new_tokens, seed=lab.seed + 100 + number)
     texts = [[tok.answer(a) for a in answers] for answers in pool]
     graded = [[grade(t, a) for a in answers] for t, answers in zip(tasks, texts)]
-    out = {"gold": [gold_rewards([t] * n, answers) for t, answers in zip(tasks, texts)], "words": [[len(a.split()) for a in answers] for answers in texts],
-           "right": [[float(g["contains"]) for g in row] for row in graded], "polite": [[float(g["polite"] > 0) for g in row] for row in graded],
-           "logps": pool_logps(model, tok, prompts, pool, max_new_tokens).tolist(), "distinct": [len(set(map(tuple, a))) for a in pool]}
-    for name, judge in judges(lab).items():
-        out[f"proxy: {name}"] = pool_rewards(judge(), tok, prompts, pool, max_new_tokens).tolist()
-    return out
+    return {"ids": pool, "gold": [gold_rewards([t] * n, answers) for t, answers in zip(tasks, texts)], "words": [[len(a.split()) for a in answers] for answers in texts],
+            "right": [[float(g["contains"]) for g in row] for row in graded], "polite": [[float(g["polite"] > 0) for g in row] for row in graded],
+            "logps": pool_logps(model, tok, prompts, pool, max_new_tokens).tolist(), "distinct": [len(set(map(tuple, a))) for a in pool]}
+
+
+def in_parts(lab: Lab, tasks: list[dict], n: int, max_new_tokens: int, size: int = 50) -> dict:
+    "The pools of all tasks, made and judged some tasks at a time."
+    made: dict = {}
+    for i in range(0, len(tasks), size):
+        part, key = tasks[i:i + size], f"{lab.run.name}-pool-{len(tasks)}-{n}-{i}"
+        found = remembered(key, lambda: pools(lab, part, n, max_new_tokens, i))
+        for j, (name, judge) in enumerate(judges(lab).items()):
+            prompts = [[{"role": "user", "content": t["prompt"]}] for t in part]
+            found |= remembered(f"{key}-judge{j}", lambda: {f"proxy: {name}": pool_rewards(judge(), lab.tokenizer, prompts, found["ids"], max_new_tokens).tolist()})
+        for k, v in found.items():
+            if isinstance(v, list):
+                made[k] = made.get(k, []) + v
+    return made
 
 
 def likelihood_share(lab: Lab) -> float:
@@ -78,7 +90,7 @@ def main() -> None:
     new = settings["eval"]["max_new_tokens"]
     tasks = sample_tasks(lab.village, "test", args.tasks, lab.seed + 2)
     sft = remembered(f"{lab.run.name}-sft-gold-{args.tasks}", lambda: {"gold": gold_rewards(tasks, ask_tasks(lab.body(), lab.tokenizer, tasks, max_new_tokens=new, sampling=Sampling(1.0), seed=lab.seed))})["gold"]
-    made = remembered(f"{lab.run.name}-pool-{args.tasks}-{args.pool}", lambda: pools(lab, tasks, args.pool, new))
+    made = in_parts(lab, tasks, args.pool, new)
     a = remembered(f"{lab.run.name}-likelihood-weight", lambda: {"weight": likelihood_share(lab)})["weight"]
     made["proxy: all pairs, and likelihood"] = (torch.tensor(made["proxy: all pairs"], dtype=torch.float64) + a * torch.tensor(made["logps"], dtype=torch.float64)).tolist()
     figures = {"likelihood_weight": a, "run": about_run(lab.run), "tasks": args.tasks, "pool": args.pool, "max_new_tokens": new, "sft": {"gold": mean_interval(sft)},

@@ -297,7 +297,7 @@ def together(lab: Lab, result: dict, features: dict, which: int) -> dict:
     return accuracies(lab.test, both > 0) | {"ece": calibration_error(calibration(both)), "weights": [round(x, 4) for x in w.tolist()]}
 
 
-def content(lab: Lab, n: int = 2000) -> dict:
+def content(lab: Lab, n: int = 1000) -> dict:
     "What was tried to make reward models see which content is right."
     n = min(n, len(lab.rows))
     pairs, steps, plain = by_majority(sample(lab.rows, n, 0)), steps_for(n), lab.curve(n, 0)
@@ -384,7 +384,7 @@ def main() -> None:
     figures = {}
     for part in parts:
         figures[part] = make[part](lab)
-        print(part, json.dumps(figures[part])[:1500], flush=True)
+        print(part, json.dumps(figures[part])[:4000], flush=True)
     if args.save:
         save("reward", __doc__.replace("\n", " "), figures | {"run": about_run(Path(args.run))})
 
