@@ -36,13 +36,23 @@ def fit_choices(differences: Tensor, ridge: float = 0.0, steps: int = 100) -> Te
     for _ in range(steps):
         p = torch.sigmoid(-x @ w)                                   # how surprising each choice is
         hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge * torch.eye(len(w), dtype=torch.float64)
-        step = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-10) @ (x.T @ p - ridge * w)
+        step = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-13) @ (x.T @ p - ridge * w)
         w = w + step * min(1.0, 2.0 / float(step.abs().max().clamp(min=1e-12)))
         if step.abs().max() < 1e-10:
             break
-    if not len(x) or (x @ w).abs().max() > 25:
+    if not len(x) or not ridge and _undecided(x, w) < 1e-8:
         raise UserError(f"the {len(x)} choices fix no finite weights: something was always chosen, or nothing was compared; give more choices, or a ridge above 0")
     return w
+
+
+def _undecided(x: Tensor, w: Tensor) -> float:
+    "How undecided the choices are in the direction where they are least so, 0 to 1/4: next to 0 where the weights have run away."
+    values, axes = torch.linalg.eigh(x.T @ x)
+    kept = values > 1e-12 * values.max()
+    basis = axes[:, kept] / values[kept].sqrt()
+    p = torch.sigmoid(-x @ w)
+    hessian = (x * (p * (1 - p))[:, None]).T @ x
+    return torch.linalg.eigvalsh(basis.T @ hessian @ basis).min().item() if kept.any() else 0.0
 
 # %% ../nbs/07_reward_model.ipynb #c01364fa
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0) -> Tensor:
@@ -111,7 +121,7 @@ def reward_batch(examples: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
     batch = pair_batch(examples, pad_id)
     return batch | ({"margin": torch.tensor([e["margin"] for e in examples])} if "margin" in examples[0] else {})
 
-
+# %% ../nbs/07_reward_model.ipynb #528d5c79
 def reward_loss(model: RewardModel, batch: dict[str, Tensor], centering: float = 0.01) -> tuple[Tensor, int, dict]:
     """Sum of the Bradley–Terry losses of a pair batch, number of pairs, metrics; for the trainer.
 
@@ -135,7 +145,7 @@ def train_reward(model: RewardModel, examples: Sequence[dict], config: TrainConf
     trainer.fit()
     return trainer
 
-
+# %% ../nbs/07_reward_model.ipynb #8135b1f5
 @torch.no_grad()
 def rewards_of(model: RewardModel, sequences: Sequence[list[int]], pad_id: int, batch_size: int = 64) -> list[float]:
     "Rewards of token sequences, in their order; dropout is off."
@@ -199,7 +209,7 @@ def length_slope(rewards: Tensor, lengths: Tensor, gold: Tensor) -> float:
     a, b = torch.linalg.lstsq(x, (rewards[:, 0] - rewards[:, 1]).double()[:, None]).solution[:, 0].tolist()
     return b / a
 
-# %% ../nbs/07_reward_model.ipynb #122b0111
+# %% ../nbs/07_reward_model.ipynb #cdd0cda2
 @torch.no_grad()
 def continuation_logps(model: Transformer, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int, batch_size: int = 64) -> list[float]:
     "Summed log-probability of each answer (token ids) after its prompt under a language model, in nats; both together must fit into its context."
@@ -217,7 +227,7 @@ def continuation_logps(model: Transformer, prompts: Sequence[list[int]], answers
             out[i] = x
     return out
 
-
+# %% ../nbs/07_reward_model.ipynb #e69823c8
 def pair_logps(model: Transformer, pairs: Sequence[dict], tokenizer: Tokenizer) -> Tensor:
     "Summed log-probabilities `[N, 2]` of the chosen and the rejected answer of each pair under a language model."
     prompts, answers = [], []
