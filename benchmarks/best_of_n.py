@@ -10,7 +10,7 @@ from record import arguments, save
 from reward import CACHE, Lab, about_run, by_majority, prefer_longer, remembered, sample, steps_for
 
 from llm_course.bestofn import answer_pool, best_of_n, best_of_n_kl, pool_logps, pool_rewards
-from llm_course.evaluate import ask_tasks, gold_rewards, mean_interval
+from llm_course.evaluate import ask_tasks, gold_rewards, mean_interval, paired_difference
 from llm_course.generate import Sampling
 from llm_course.reward import RewardModel, likelihood_weight, pair_examples, train_reward
 from llm_course.trainer import TrainConfig, seed_all
@@ -99,8 +99,12 @@ def main() -> None:
         rows = figures["frontiers"][key.removeprefix("proxy: ")] = frontier(made, torch.tensor(made[key], dtype=torch.float64), sft)
         for r in rows:
             print(key, {k: round(v["value"] if isinstance(v, dict) else v, 3) for k, v in r.items()}, flush=True)
+    gold, usual = (torch.tensor(made[k], dtype=torch.float64) for k in ("gold", "proxy: all pairs"))
+    for name, rows in figures["frontiers"].items():
+        proxy = torch.tensor(made[f"proxy: {name}"], dtype=torch.float64)
+        for r in rows:                        # on the same tasks, so the difference is known better than each of the two
+            r["gold_minus_all_pairs"] = paired_difference(best_of_n(proxy, gold, r["n"]).tolist(), best_of_n(usual, gold, r["n"]).tolist())
     figures["frontier"] = figures["frontiers"]["all pairs"]
-    gold = torch.tensor(made["gold"], dtype=torch.float64)
     figures["best_possible"] = [{"n": n, "gold": mean_interval(best_of_n(gold, gold, n).tolist())} for n in NS if n <= args.pool]
     if args.save:
         save("best_of_n", __doc__.replace("\n", " "), figures)
