@@ -71,6 +71,8 @@ LAPTOP = {
     "dpo": {"epochs": 0.5, "batch_size": 32, "micro_batch": 0, "lr": 1e-4, "beta": 0.3, "kind": "dpo", "precision": "auto"},
     "eval": {"max_new_tokens": 40, "preference_tasks": 400, "stories": 200},
 }
+
+# %% ../nbs/10_pipeline.ipynb #8f359ca7
 SMOKE = {"data": {"people": 20, "village_bytes": 900_000, "docs_bytes": 150_000, "code_bytes": 150_000, "mess": 0.02, "budget_bytes": 1_000_000,
                   "instructions": 600, "pairs": 300, "held_out": 20, "tasks": 15},
          "tokenizer": {"vocab_size": 1024, "sample_bytes": 1_000_000}, "model": {"dim": 64, "n_layers": 2},
@@ -97,6 +99,8 @@ CLUSTER = {"data": {"village_bytes": 60_000_000, "docs_bytes": 20_000_000, "code
            "reward": {"batch_size": 64, "micro_batch": 16, "lr": 2e-5, "precision": "auto"},
            "ppo": {"updates": 200, "rollouts": 512, "batch_size": 128, "micro_batch": 16, "lr": 3e-6, "max_new_tokens": 256},
            "dpo": {"batch_size": 64, "micro_batch": 16, "lr": 1e-6, "precision": "auto"}, "eval": {"max_new_tokens": 128}}
+
+# %% ../nbs/10_pipeline.ipynb #b89bca93
 FREE = ("data.weights", "data.keep_fraction")      # tables in which a run may name sources of its own
 
 
@@ -147,7 +151,7 @@ def _typed(raw: str, old: object, path: str) -> object:
     except (ValueError, KeyError, OverflowError):
         raise UserError(f"{path}={raw!r}: expected {'true or false' if isinstance(old, bool) else 'JSON' if isinstance(old, (dict, list)) else 'a number like ' + repr(old)}") from None
 
-
+# %% ../nbs/10_pipeline.ipynb #e6be46e8
 def resolve(size: str = "laptop", changes: Sequence[str] = ()) -> dict:
     "The settings of a size with `key=value` changes. Raises UserError for an unknown size or key, or a value of the wrong type."
     if size not in SIZES:
@@ -349,7 +353,7 @@ def _spool(folder: Path, files: Sequence[dict]) -> list[dict]:
         out.append(f)
     return out
 
-
+# %% ../nbs/10_pipeline.ipynb #069f03b9
 def make_corpus(run: Run, out: Path, tests: Sequence[str]) -> dict:
     "Run the stages of the corpus below `out/work`; `train.jsonl` and `val.jsonl` end up in `out`. Returns the funnel."
     work, d = out / "work", run.settings["data"]
@@ -362,7 +366,7 @@ def make_corpus(run: Run, out: Path, tests: Sequence[str]) -> dict:
             os.replace(work / "result" / name, out / name)
     return json.loads((work / "result" / "funnel.json").read_text(encoding="utf-8"))
 
-
+# %% ../nbs/10_pipeline.ipynb #0cfd0748
 def prepare(run: Run, out: Path) -> dict:
     "Raw files to `train.jsonl`, `val.jsonl`, `conversations.jsonl`, `pairs.jsonl`, `tasks.jsonl` (held out) and `funnel.json`."
     settings, d, seed, work = run.settings, run.settings["data"], run.settings["seed"], out / "work"
@@ -425,7 +429,7 @@ def _held_out(run: Run) -> dict[str, list[str]]:
         out.setdefault(row["source"], []).append(row["text"])
     return out
 
-
+# %% ../nbs/10_pipeline.ipynb #3a651f51
 def _callbacks(run: Run, stage: str, config: TrainConfig, tokenizer: Tokenizer, prompt: str, write: Callable | None = None) -> list[Callback]:
     "Progress; every fifth of the run what the model makes of a prompt; and if it was asked for, curves, which in a terminal take the place of the samples."
     def show(step: int, prompt: str, text: str) -> None:
@@ -463,7 +467,7 @@ def _base_prompt(model: Transformer, tokenizer: Tokenizer, val: TokenRows | Mask
     shown = tokenizer.decode(val[0]["input_ids"][1:33].tolist(), skip_special=False).split("<|endoftext|>")[0]
     return shown, lambda model, prompts: [fill_blanks(model, tokenizer, p) for p in prompts]
 
-
+# %% ../nbs/10_pipeline.ipynb #304145da
 def run_pretrain(run: Run, out: Path) -> dict:
     "Corpus and tokenizer to a base model, or with `pretrain.objective` mlm to an encoder."
     corpus, tokenizer, s = run.path("prepare"), Tokenizer.load(run.path("tokenizer")), run.settings
@@ -512,7 +516,7 @@ def _chat_callbacks(run: Run, stage: str, config: TrainConfig, tokenizer: Tokeni
     answer = lambda model, prompts: ask(getattr(model, "policy", model), tokenizer, [[{"role": "user", "content": p}] for p in prompts], 40)
     return _callbacks(run, stage, config, tokenizer, prompt, answer)
 
-
+# %% ../nbs/10_pipeline.ipynb #af8244b2
 def run_sft(run: Run, out: Path) -> dict:
     "Base model and conversations to a model that answers."
     s, tokenizer, model = run.settings, Tokenizer.load(run.path("tokenizer")), load_model(run.path("pretrain"))
@@ -531,7 +535,7 @@ def run_sft(run: Run, out: Path) -> dict:
         save_model(model, out, tokenizer)
     return {"sft": report | {"val_loss": trainer.history[-1].get("val_loss"), "tokens": trainer.tokens}}
 
-
+# %% ../nbs/10_pipeline.ipynb #50f4b2f1
 def _pairs(run: Run, tokenizer: Tokenizer, max_len: int) -> tuple[list[dict], dict]:
     pairs = _rows(run.path("prepare") / "pairs.jsonl", "preference pairs", "give some with --data, or keep data.pairs above 0")
     examples, report = pair_examples(pairs, tokenizer, max_len)
@@ -557,7 +561,7 @@ def run_reward(run: Run, out: Path) -> dict:
     longer = [sum(len(m["content"]) for m in p["chosen"]) > sum(len(m["content"]) for m in p["rejected"]) for p in test]
     return {"reward": report | {"pair_accuracy": rate(sum(right), len(right)), "pair_accuracy_by_difference": by, "longest_answer_baseline": rate(sum(longer), len(longer))}}
 
-
+# %% ../nbs/10_pipeline.ipynb #0cbd66ae
 def run_ppo(run: Run, out: Path) -> dict:
     "SFT and reward model to a policy, by PPO on the prompts of the pairs."
     s, c, tokenizer, policy = run.settings, run.settings["ppo"], Tokenizer.load(run.path("tokenizer")), load_model(run.path("sft"))
@@ -575,7 +579,7 @@ def run_ppo(run: Run, out: Path) -> dict:
         save_model(trained.policy, out, tokenizer)
     return {"ppo": {"updates": c["updates"], "prompts": len(prompts), "prompts_too_long": len(pairs) - len(prompts)}}
 
-
+# %% ../nbs/10_pipeline.ipynb #98311db9
 def run_dpo(run: Run, out: Path) -> dict:
     "SFT model and pairs to a policy, by DPO or one of its family (`dpo.kind`)."
     s, c, tokenizer, policy = run.settings, run.settings["dpo"], Tokenizer.load(run.path("tokenizer")), load_model(run.path("sft")).to(_device())
@@ -650,7 +654,7 @@ def _version(name: str) -> str | None:
     except PackageNotFoundError:
         return None
 
-
+# %% ../nbs/10_pipeline.ipynb #39d431d8
 def _differences(old: dict, new: dict, path: str = "") -> list[str]:
     out = []
     for key in sorted(old.keys() | new.keys()):
@@ -685,7 +689,7 @@ def open_run(folder: str | Path, settings: dict | None = None, update: bool = Fa
         write_json(path, {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "settings": settings, "environment": environment()})
     return Run(folder, settings, quiet, plot)
 
-
+# %% ../nbs/10_pipeline.ipynb #257f2c39
 def run_stages(run: Run, stages: Sequence[str] = (*STAGES, "report")) -> dict:
     "Run the named stages in their order, skipping what is done; returns the metrics. Raises UserError for an unknown stage."
     unknown = [s for s in stages if s not in (*STAGES, "report")]
@@ -706,7 +710,7 @@ def run_chain(size: str = "laptop", out: str | Path | None = None, changes: Sequ
     "The whole chain (or some `stages`) of a `size` with `key=value` changes, in `out` (`runs/<size>`); returns the metrics."
     return run_stages(open_run(out or f"runs/{size}", resolve(size, changes), update, quiet, plot), stages)
 
-
+# %% ../nbs/10_pipeline.ipynb #eff6a724
 def collect(run: Run) -> dict:
     "The metrics of all finished stages in one dictionary, with the seconds that each took."
     metrics: dict = {}
