@@ -87,14 +87,6 @@ class GRPOConfig:
         if self.group < 2 or self.prompts < 1 or self.epochs < 1 or self.temperature <= 0:
             raise UserError(f"group={self.group} must be 2 or more, prompts={self.prompts} and epochs={self.epochs} 1 or more, temperature={self.temperature} above 0")
 
-# %% ../nbs/07b_grpo.ipynb #gr000031
-METHODS = {"reinforce": {"advantage": "reinforce", "loss_type": "dr_grpo", "kl_in": "reward"},
-           "rloo": {"advantage": "rloo", "loss_type": "dr_grpo", "kl_in": "reward"},
-           "grpo": {"advantage": "grpo", "loss_type": "grpo"},
-           "dr_grpo": {"advantage": "dr_grpo", "loss_type": "dr_grpo", "beta": 0.0},
-           "dapo": {"advantage": "grpo", "loss_type": "dapo", "beta": 0.0, "clip_high": 0.28},
-           "reinforce++": {"advantage": "reinforce++", "loss_type": "bnpo", "kl_in": "reward"}}
-
 # %% ../nbs/07b_grpo.ipynb #gr000040
 def grpo_token_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: Tensor, c: GRPOConfig) -> Tensor:
     "Loss of each token, not reduced: PPO's clipped policy term, and with `kl_in=\"loss\"` `beta` times the k3 estimate of the divergence; shapes alike."
@@ -113,6 +105,14 @@ def grpo_loss(model: nn.Module, batch: dict[str, Tensor], c: GRPOConfig) -> tupl
     metrics = {"clip_ratio/low_mean": (ratio < 1 - c.clip) & (advantages < 0), "clip_ratio/high_mean": (ratio > 1 + high) & (advantages > 0),
                "policy/entropy_avg": entropy, "val/ratio": ratio, "kl/k3": kl_estimate(logps.detach(), ref, "k3")}
     return loss.sum(), batch["divisor"].sum(), {k: (v * each).sum() for k, v in metrics.items()}
+
+# %% ../nbs/07b_grpo.ipynb #gr000031
+METHODS = {"reinforce": {"advantage": "reinforce", "loss_type": "dr_grpo", "kl_in": "reward"},
+           "rloo": {"advantage": "rloo", "loss_type": "dr_grpo", "kl_in": "reward"},
+           "grpo": {"advantage": "grpo", "loss_type": "grpo"},
+           "dr_grpo": {"advantage": "dr_grpo", "loss_type": "dr_grpo", "beta": 0.0},
+           "dapo": {"advantage": "grpo", "loss_type": "dapo", "beta": 0.0, "clip_high": 0.28},
+           "reinforce++": {"advantage": "reinforce++", "loss_type": "bnpo", "kl_in": "reward"}}
 
 # %% ../nbs/07b_grpo.ipynb #gr000050
 def group_stats(rewards: Tensor, group: int) -> dict[str, float]:

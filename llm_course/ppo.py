@@ -309,7 +309,7 @@ class Rollouts(Callback):
             trainer._log({"step": trainer.n_steps, "seconds/update": self.updating})
 
     def on_save(self, trainer: Trainer, folder: Path) -> None:
-        write_tensors({k: v.cpu().contiguous() for k, v in self.rows.items()}, folder / "rollouts.safetensors")
+        write_tensors({k: v.cpu().contiguous().clone() for k, v in self.rows.items()}, folder / "rollouts.safetensors")      # no two may share memory
         write_json(folder / "rollouts.json", self.state)
 
     def on_load(self, trainer: Trainer, folder: Path) -> None:

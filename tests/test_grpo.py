@@ -22,7 +22,7 @@ from llm_course.world import answer, make_tasks, make_village
 from safetensors.torch import load_file, save_file
 from test_ppo import digest, killed_often, lives, told, train  # noqa: F401  (lives is a fixture)
 
-RUNS = {**{name: ("grpo", METHODS[name]) for name in METHODS}, "bnpo": ("grpo", {"loss_type": "bnpo"}), "divided": ("grpo", {"divide": True}),
+RUNS = {**{name: ("grpo", METHODS[name]) for name in METHODS}, "grpo, twice": ("grpo", {"loss_type": "grpo", "clip_high": 0.3}), "bnpo": ("grpo", {"loss_type": "bnpo"}), "divided": ("grpo", {"divide": True}),
         "ppo after, adaptive": ("ppo", {"score_at": "after"}), "ppo whitened, k3": ("ppo", {"whiten_rewards": True, "kl_estimator": "k3", "divide": True})}
 
 

@@ -56,7 +56,7 @@ def train(kind, folder=None, callbacks=(), steps=STEPS, **options):
     tokenizer, policy, prompts = material()
     config = TrainConfig(steps, batch_size=4, lr=1e-3, log_every=1, checkpoint_every=3, weight_decay=0.0)
     if kind == "grpo":
-        return train_grpo(policy, prompts, tokenizer, config, GRPOConfig(**{"prompts": 2, "group": 4, "epochs": 2, "max_new_tokens": 6} | options), likes_threes, folder, callbacks)[0]
+        return train_grpo(policy, prompts, tokenizer, config, GRPOConfig(**{"prompts": 2, "group": 4, "epochs": 2, "max_new_tokens": 6, "loss_type": "dapo"} | options), likes_threes, folder, callbacks)[0]
     c = PPOConfig(**{"rollouts": 8, "epochs": 2, "max_new_tokens": 6, "kl_target": 0.5, "kl_horizon": 100, "normalize_scores": True} | options)
     return train_ppo(policy, RewardModel(copy.deepcopy(policy)), prompts, tokenizer, config, c, folder, callbacks, likes_threes)[0]
 
