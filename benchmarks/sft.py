@@ -100,12 +100,11 @@ class Cache:
     def __call__(self, name: str, work) -> dict:
         path = self.folder / f"{name}.json"
         if not path.exists():
-            value = work()
-            path.write_text(json.dumps(value))
-        result = json.loads(path.read_text())
-        short = {k: round(v["value"], 3) for k, v in result["accuracy"].items()} if "accuracy" in result else {}
-        print(name, {k: v for k, v in result.items() if k in ("seconds", "train_loss", "val_loss", "bits_per_byte")}, short, flush=True)
-        return result
+            result = work()
+            path.write_text(json.dumps(result))
+            short = {k: round(v["value"], 3) for k, v in result.get("accuracy", {}).items()}
+            print(name, {k: v for k, v in result.items() if k in ("seconds", "train_loss", "val_loss", "bits_per_byte")}, short, flush=True)
+        return json.loads(path.read_text())
 
 
 def full(cache: Cache, m: Material, lr: float, epochs: float, seed: int) -> dict:
