@@ -20,7 +20,7 @@ from llm_course.step import TrainConfig
 from llm_course.tokenizer import Tokenizer
 from llm_course.world import gold_reward, make_village, sample_tasks
 
-BATCH = 32
+BATCH = 16
 GRID = {"dpo": [{"beta": b} for b in (0.1, 0.3)], "hinge": [{"beta": b} for b in (0.1, 0.3)], "ipo": [{"beta": b} for b in (0.3, 1.0)],
         "ipo sum": [{"beta": b} for b in (0.03, 0.1)], "normed": [{"beta": b} for b in (2.0, 5.0)], "kto": [{"beta": b} for b in (0.1, 0.3)],
         "orpo": [{"beta": b} for b in (0.5, 1.0)], "cpo": [{"beta": b} for b in (0.1, 0.3)],
@@ -45,7 +45,7 @@ class Study:
         settings = self.config["settings"]
         self.seed, village = settings["seed"], make_village(settings["seed"], settings["data"]["people"])
         self.village = village
-        self.tasks = {"val": sample_tasks(village, "val", 300, self.seed + 2), "test": sample_tasks(village, "test", 400, self.seed + 2)}
+        self.tasks = {"val": sample_tasks(village, "val", 240, self.seed + 2), "test": sample_tasks(village, "test", 400, self.seed + 2)}
         self.baseline = {}
 
     def path(self, arm: dict, end: str) -> Path:
@@ -102,7 +102,8 @@ def choose(study: Study, steps: int) -> tuple[dict, dict]:
     "Each method's learning rate and options, by gold reward on validation people; and the whole grid."
     chosen, grid = {}, {}
     for name, options in GRID.items():
-        grid[name] = [study.measured(arm_of(name, lr, steps, study.seed, **o), "val") for lr in RATES for o in options]
+        arms = [(RATES[0], options[0]), *((RATES[1], o) for o in options)]
+        grid[name] = [study.measured(arm_of(name, lr, steps, study.seed, **o), "val") for lr, o in arms]
         best = max(grid[name], key=lambda r: r["gold"]["value"])
         chosen[name] = {k: best[k] for k in ("lr", "beta", "gamma_ratio") if k in best}
     for name in LIKE_DPO:
@@ -140,7 +141,7 @@ def online(study: Study, lr: float, beta: float, rounds: int, steps: int, seed: 
 
 
 def main():
-    options = arguments(__doc__, run="runs/laptop", cache="runs/preference-cache", pairs=2000, steps=62, seeds=3, noise_seeds=2, only="")
+    options = arguments(__doc__, run="runs/laptop", cache="runs/preference-cache", pairs=1600, steps=100, seeds=3, noise_seeds=2, only="")
     torch.set_num_threads(1)
     study = Study(Path(options.run), Path(options.cache), options.pairs)
     wanted = lambda part: not options.only or part in options.only.split(",")
@@ -169,7 +170,7 @@ def main():
         save("preference", "preference methods on the same pairs and budget", rounded(figures))
 
 
-DEFAULTS = [(0.3, 1e-4, 125), (0.1, 1e-4, 125), (0.3, 3e-4, 125), (0.3, 2e-4, 250)]
+DEFAULTS = [(0.3, 1e-4, 250), (0.1, 1e-4, 250), (0.3, 3e-4, 250), (0.3, 3e-4, 500)]
 
 if __name__ == "__main__":
     main()

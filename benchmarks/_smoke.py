@@ -1,0 +1,176 @@
+"""All preference methods on the same pairs and budget of one run: gold win rate against SFT, KL, length, accuracy; β sweep; wrong labels; online.
+
+Learning rate and β of each method are chosen on validation people with one seed; test people are asked once for each seed. Finished arms
+are kept in a folder beside the run (--cache), so that a stopped benchmark goes on where it was."""
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import torch
+from record import arguments, save
+from safetensors.torch import load_file, save_file
+
+from llm_course.hub import load_model
+from llm_course.preference import KINDS, add_reference, train_preference
+from llm_course.preference_study import flip_labels, fresh_pairs, measure_policy
+from llm_course.reading import read_rows, write_json
+from llm_course.reward import pair_examples
+from llm_course.step import TrainConfig
+from llm_course.tokenizer import Tokenizer
+from llm_course.world import gold_reward, make_village, sample_tasks
+
+BATCH = 16
+GRID = {"dpo": [{"beta": b} for b in (0.1, 0.3)], "hinge": [{"beta": b} for b in (0.1, 0.3)], "ipo": [{"beta": b} for b in (0.3, 1.0)],
+        "ipo sum": [{"beta": b} for b in (0.03, 0.1)], "normed": [{"beta": b} for b in (2.0, 5.0)], "kto": [{"beta": b} for b in (0.1, 0.3)],
+        "orpo": [{"beta": b} for b in (0.5, 1.0)], "cpo": [{"beta": b} for b in (0.1, 0.3)],
+        "simpo": [{"beta": b, "gamma_ratio": 0.5} for b in (2.0, 5.0)]}
+RATES = (1e-4, 3e-4)
+LIKE_DPO = {"cdpo": {"kind": "dpo", "label_smoothing": 0.1}, "rdpo": {"kind": "robust", "label_smoothing": 0.1}}     # take DPO's choice
+SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0)
+NOISY = ("dpo", "cdpo", "rdpo", "ipo", "kto", "simpo")
+
+
+class Study:
+    "A run's SFT model, pairs and tasks, and the arms that are finished."
+
+    def __init__(self, folder: Path, cache: Path, pairs: int):
+        self.config, self.cache = json.loads((folder / "config.json").read_text()), cache
+        self.tokenizer, self.sft = Tokenizer.load(folder / "tokenizer"), load_model(folder / "sft")
+        cache.mkdir(parents=True, exist_ok=True)
+        rows = [row for _, row in read_rows(folder / "corpus" / "pairs.jsonl")]
+        self.all, _ = pair_examples(rows, self.tokenizer, self.sft.config.max_seq_len)
+        self.all = add_reference(self.sft, self.all, self.tokenizer.pad_id)
+        self.pairs = self.all[:pairs]
+        settings = self.config["settings"]
+        self.seed, village = settings["seed"], make_village(settings["seed"], settings["data"]["people"])
+        self.village = village
+        self.tasks = {"val": sample_tasks(village, "val", 4, self.seed + 2), "test": sample_tasks(village, "test", 6, self.seed + 2)}
+        self.baseline = {}
+
+    def path(self, arm: dict, end: str) -> Path:
+        return self.cache / f"{hashlib.sha256(json.dumps(arm, sort_keys=True).encode()).hexdigest()[:16]}{end}"
+
+    def model(self, arm: dict):
+        "The policy of an arm, trained or from the cache."
+        policy, path = load_model_copy(self.sft), self.path(arm, ".safetensors")
+        if path.exists():
+            policy.load_state_dict(load_file(path))
+            return policy
+        start = time.perf_counter()
+        pairs = self.all if arm.get("all") else self.pairs
+        if arm.get("flip"):
+            pairs = flip_labels(pairs, arm["flip"], arm["seed"])
+        options = {k: arm[k] for k in ("beta", "gamma_ratio", "label_smoothing", "average") if k in arm}
+        reference = self.sft if arm["kind"] == "kto" else None
+        config = TrainConfig(steps=arm["steps"], batch_size=BATCH, lr=arm["lr"], weight_decay=0.0, warmup=0.05, seed=arm["seed"], log_every=max(1, arm["steps"] // 20))
+        trainer = train_preference(policy, pairs, config, self.tokenizer, reference=reference, kind=arm["kind"], **options)
+        curve = [{k: round(v, 5) for k, v in r.items() if k in ("step", "loss", "kl") or "/" in k} for r in trainer.history]
+        write_json(self.path(arm, ".train.json"), {"arm": arm, "seconds": round(time.perf_counter() - start, 1), "curve": curve})
+        save_file({k: v.contiguous() for k, v in policy.state_dict().items() if k != "lm_head.weight"}, path)
+        return policy
+
+    def measured(self, arm: dict, split: str) -> dict:
+        "What the arm's answers to a split's tasks are like."
+        path = self.path(arm, f".{split}.json")
+        if not path.exists():
+            if (split, arm["seed"]) not in self.baseline:
+                self.baseline[split, arm["seed"]] = measure_policy(self.sft, self.sft, self.tokenizer, self.tasks[split], seed=arm["seed"])
+            policy, start = self.model(arm), time.perf_counter()
+            found, _ = measure_policy(policy, self.sft, self.tokenizer, self.tasks[split], self.baseline[split, arm["seed"]][1], seed=arm["seed"])
+            write_json(path, arm | found)
+            name = arm.get("name", arm["kind"])
+            print(f"{split:4} {name:8} {({k: v for k, v in arm.items() if k not in ('name', 'kind', 'steps')})} win {found['win_rate']['value']:.3f} gold {found['gold']['value']:.2f} "
+                  f"kl {found['kl']['value']:.2f} ends {found['ends']['value']:.2f} length {found['length']['value']:.1f} ({time.perf_counter() - start:.0f} s)", flush=True)
+        return json.loads(path.read_text())
+
+    def trained(self, arm: dict) -> dict:
+        return json.loads(self.path(arm, ".train.json").read_text())
+
+
+def load_model_copy(model):
+    import copy
+    return copy.deepcopy(model)
+
+
+def arm_of(name: str, lr: float, steps: int, seed: int, **options) -> dict:
+    kind = {"kind": name} if name in KINDS else {"kind": "ipo", "average": False} if name == "ipo sum" else LIKE_DPO[name]
+    return kind | {"name": name, "lr": lr, "steps": steps, "seed": seed} | options
+
+
+def choose(study: Study, steps: int) -> tuple[dict, dict]:
+    "Each method's learning rate and options, by gold reward on validation people; and the whole grid."
+    chosen, grid = {}, {}
+    for name, options in GRID.items():
+        arms = [(RATES[0], options[0]), *((RATES[1], o) for o in options)]
+        grid[name] = [study.measured(arm_of(name, lr, steps, study.seed, **o), "val") for lr, o in arms]
+        best = max(grid[name], key=lambda r: r["gold"]["value"])
+        chosen[name] = {k: best[k] for k in ("lr", "beta", "gamma_ratio") if k in best}
+    for name in LIKE_DPO:
+        chosen[name] = dict(chosen["dpo"])
+    return chosen, grid
+
+
+def rounded(value, digits: int = 4):
+    "Figures with as many digits as they deserve."
+    if isinstance(value, dict):
+        return {k: rounded(v, digits) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v, digits) for v in value]
+    return round(value, digits) if isinstance(value, float) and abs(value) >= 0.01 else value
+
+
+def online(study: Study, lr: float, beta: float, rounds: int, steps: int, seed: int) -> dict:
+    "DPO on the present policy's own answers, judged by the gold reward: in each round new pairs; the reference stays the SFT model."
+    path, start = study.cache / f"online-{lr}-{beta}-{rounds}-{steps}-{seed}.json", time.perf_counter()
+    if path.exists():
+        return json.loads(path.read_text())
+    policy, used = load_model_copy(study.sft), 0
+    for r in range(rounds):
+        tasks = sample_tasks(study.village, "train", steps * BATCH, 1000 * seed + r)
+        pairs = fresh_pairs(policy, study.tokenizer, tasks, gold_reward, seed=r)
+        used += len(pairs)
+        config = TrainConfig(steps=steps, batch_size=BATCH, lr=lr, weight_decay=0.0, schedule="constant", seed=seed, log_every=steps)
+        train_preference(policy, pairs, config, study.tokenizer, reference=study.sft, beta=beta)
+    seconds = time.perf_counter() - start
+    base = measure_policy(study.sft, study.sft, study.tokenizer, study.tasks["test"], seed=seed)[1]
+    found = measure_policy(policy, study.sft, study.tokenizer, study.tasks["test"], base, seed=seed)[0] | {"pairs": used, "seconds": round(seconds, 1), "seed": seed}
+    write_json(path, found)
+    print("online", seed, found["win_rate"]["value"], found["kl"]["value"], f"{seconds:.0f} s", flush=True)
+    return found
+
+
+def main():
+    options = arguments(__doc__, run="runs/laptop", cache="runs/preference-cache", pairs=1600, steps=100, seeds=3, noise_seeds=2, only="")
+    torch.set_num_threads(1)
+    study = Study(Path(options.run), Path(options.cache), options.pairs)
+    wanted = lambda part: not options.only or part in options.only.split(",")
+    figures = {"pairs": options.pairs, "steps": options.steps, "batch": BATCH, "seeds": options.seeds}
+    chosen, grid = choose(study, options.steps)
+    figures |= {"chosen": chosen, "grid": grid}
+    seeds = [study.seed + s for s in range(options.seeds)]
+    final = lambda name, seed, **more: arm_of(name, **(chosen[name] | {"steps": options.steps, "seed": seed} | more))
+    figures["sft"] = [measure_policy(study.sft, study.sft, study.tokenizer, study.tasks["test"], seed=s)[0] for s in seeds]
+    if wanted("compare"):
+        figures["compared"] = [study.measured(final(name, s), "test") for s in seeds for name in chosen]
+        figures["curves"] = {name: study.trained(final(name, seeds[0])) for name in chosen}
+    if wanted("sweep"):
+        figures["sweep"] = [study.measured(final("dpo", s, beta=b), "test") for s in seeds[:2] for b in SWEEP]
+    if wanted("lr"):
+        figures["rates"] = [study.measured(final("dpo", seeds[0], lr=lr), "test") for lr in (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
+        figures["rates_curves"] = [study.trained(final("dpo", seeds[0], lr=lr)) for lr in (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
+    if wanted("default"):
+        figures["default"] = [study.measured(arm_of("dpo", lr, steps, seeds[0], beta=b, all=True), "val") for b, lr, steps in DEFAULTS]
+    if wanted("noise"):
+        figures["noise"] = [study.measured(final(name, s, **({"flip": f, **({"label_smoothing": max(0.1, f)} if name in LIKE_DPO else {})} if f else {})), "test")
+                            for s in seeds[:options.noise_seeds] for f in (0.0, 0.2, 0.4) for name in NOISY]
+    if wanted("online"):
+        figures["online"] = [online(study, chosen["dpo"]["lr"], chosen["dpo"]["beta"], 3, options.steps // 3, s) for s in seeds[:2]]
+    if options.save:
+        save("preference", "preference methods on the same pairs and budget", rounded(figures))
+
+
+DEFAULTS = [(0.3, 1e-4, 250), (0.1, 1e-4, 250), (0.3, 3e-4, 250), (0.3, 3e-4, 500)]
+
+if __name__ == "__main__":
+    main()
