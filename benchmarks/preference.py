@@ -2,6 +2,7 @@
 
 Learning rate and β of each method are chosen on validation people with one seed; test people are asked once for each seed. Finished arms
 are kept in a folder beside the run (--cache), so that a stopped benchmark goes on where it was."""
+import copy
 import hashlib
 import json
 import time
@@ -12,7 +13,7 @@ from record import arguments, save
 from safetensors.torch import load_file, save_file
 
 from llm_course.hub import load_model
-from llm_course.preference import KINDS, add_reference, train_preference
+from llm_course.preference import KINDS, add_mismatched, add_reference, train_preference
 from llm_course.preference_study import flip_labels, fresh_pairs, measure_policy
 from llm_course.reading import read_rows, write_json
 from llm_course.reward import pair_examples
@@ -34,63 +35,72 @@ NOISY = ("dpo", "cdpo", "rdpo", "ipo", "kto", "simpo")
 class Study:
     "A run's SFT model, pairs and tasks, and the arms that are finished."
 
-    def __init__(self, folder: Path, cache: Path, pairs: int):
-        self.config, self.cache = json.loads((folder / "config.json").read_text()), cache
+    def __init__(self, folder: Path, cache: Path, pairs: int, finished: bool = False):
+        self.config, self.cache, self.finished, self.folder = json.loads((folder / "config.json").read_text()), cache, finished, folder
         self.tokenizer, self.sft = Tokenizer.load(folder / "tokenizer"), load_model(folder / "sft")
         cache.mkdir(parents=True, exist_ok=True)
-        rows = [row for _, row in read_rows(folder / "corpus" / "pairs.jsonl")]
-        self.all, _ = pair_examples(rows, self.tokenizer, self.sft.config.max_seq_len)
-        self.all = add_reference(self.sft, self.all, self.tokenizer.pad_id)
-        self.pairs = self.all[:pairs]
+        self.n, self.known = pairs, {}
         settings = self.config["settings"]
         self.seed, village = settings["seed"], make_village(settings["seed"], settings["data"]["people"])
         self.village = village
         self.tasks = {"val": sample_tasks(village, "val", 240, self.seed + 2), "test": sample_tasks(village, "test", 400, self.seed + 2)}
-        self.baseline = {}
+
+    def pairs(self, n: int | None) -> list[dict]:
+        "The run's first pairs, with the log-probabilities of the SFT model."
+        if n not in self.known:
+            rows = [row for _, row in zip(range(n or 10**9), (row for _, row in read_rows(self.folder / "corpus" / "pairs.jsonl")))]
+            examples, _ = pair_examples(rows, self.tokenizer, self.sft.config.max_seq_len)
+            if n:
+                examples = add_mismatched(examples, self.sft.config.max_seq_len)      # for KTO
+            self.known[n] = add_reference(self.sft, examples, self.tokenizer.pad_id)
+        return self.known[n]
+
+    def start(self, split: str, seed: int) -> tuple[dict, list[float]]:
+        "What the SFT model's own answers to a split's tasks are like, and their rewards."
+        path = self.cache / f"sft-{split}-{seed}.json"
+        if not path.exists():
+            write_json(path, measure_policy(self.sft, self.sft, self.tokenizer, self.tasks[split], seed=seed))
+        return json.loads(path.read_text())
 
     def path(self, arm: dict, end: str) -> Path:
         return self.cache / f"{hashlib.sha256(json.dumps(arm, sort_keys=True).encode()).hexdigest()[:16]}{end}"
 
     def model(self, arm: dict):
         "The policy of an arm, trained or from the cache."
-        policy, path = load_model_copy(self.sft), self.path(arm, ".safetensors")
+        policy, path = copy.deepcopy(self.sft), self.path(arm, ".safetensors")
         if path.exists():
             policy.load_state_dict(load_file(path))
             return policy
         start = time.perf_counter()
-        pairs = self.all if arm.get("all") else self.pairs
+        pairs = self.pairs(None if arm.get("all") else self.n)
         if arm.get("flip"):
             pairs = flip_labels(pairs, arm["flip"], arm["seed"])
         options = {k: arm[k] for k in ("beta", "gamma_ratio", "label_smoothing", "average") if k in arm}
-        reference = self.sft if arm["kind"] == "kto" else None
         config = TrainConfig(steps=arm["steps"], batch_size=BATCH, lr=arm["lr"], weight_decay=0.0, warmup=0.05, seed=arm["seed"], log_every=max(1, arm["steps"] // 20))
-        trainer = train_preference(policy, pairs, config, self.tokenizer, reference=reference, kind=arm["kind"], **options)
+        trainer = train_preference(policy, pairs, config, self.tokenizer, kind=arm["kind"], **options)
         curve = [{k: round(v, 5) for k, v in r.items() if k in ("step", "loss", "kl") or "/" in k} for r in trainer.history]
         write_json(self.path(arm, ".train.json"), {"arm": arm, "seconds": round(time.perf_counter() - start, 1), "curve": curve})
         save_file({k: v.contiguous() for k, v in policy.state_dict().items() if k != "lm_head.weight"}, path)
         return policy
 
-    def measured(self, arm: dict, split: str) -> dict:
+    def measured(self, arm: dict, split: str) -> dict | None:
         "What the arm's answers to a split's tasks are like."
         path = self.path(arm, f".{split}.json")
         if not path.exists():
-            if (split, arm["seed"]) not in self.baseline:
-                self.baseline[split, arm["seed"]] = measure_policy(self.sft, self.sft, self.tokenizer, self.tasks[split], seed=arm["seed"])
+            if self.finished:
+                return None
             policy, start = self.model(arm), time.perf_counter()
-            found, _ = measure_policy(policy, self.sft, self.tokenizer, self.tasks[split], self.baseline[split, arm["seed"]][1], seed=arm["seed"])
+            found, _ = measure_policy(policy, self.sft, self.tokenizer, self.tasks[split], self.start(split, arm["seed"])[1], seed=arm["seed"])
             write_json(path, arm | found)
             name = arm.get("name", arm["kind"])
             print(f"{split:4} {name:8} {({k: v for k, v in arm.items() if k not in ('name', 'kind', 'steps')})} win {found['win_rate']['value']:.3f} gold {found['gold']['value']:.2f} "
                   f"kl {found['kl']['value']:.2f} ends {found['ends']['value']:.2f} length {found['length']['value']:.1f} ({time.perf_counter() - start:.0f} s)", flush=True)
         return json.loads(path.read_text())
 
-    def trained(self, arm: dict) -> dict:
-        return json.loads(self.path(arm, ".train.json").read_text())
-
-
-def load_model_copy(model):
-    import copy
-    return copy.deepcopy(model)
+    def trained(self, arm: dict, part: str) -> dict:
+        "Time of an arm, and for some its curve."
+        found = json.loads(self.path(arm, ".train.json").read_text())
+        return {k: found[k] for k in ("arm", "seconds", "curve") if k != "curve" or part in ("compared 0", "rates")}
 
 
 def arm_of(name: str, lr: float, steps: int, seed: int, **options) -> dict:
@@ -123,9 +133,9 @@ def rounded(value, digits: int = 4):
 def online(study: Study, lr: float, beta: float, rounds: int, steps: int, seed: int) -> dict:
     "DPO on the present policy's own answers, judged by the gold reward: in each round new pairs; the reference stays the SFT model."
     path, start = study.cache / f"online-{lr}-{beta}-{rounds}-{steps}-{seed}.json", time.perf_counter()
-    if path.exists():
-        return json.loads(path.read_text())
-    policy, used = load_model_copy(study.sft), 0
+    if path.exists() or study.finished:
+        return json.loads(path.read_text()) if path.exists() else None
+    policy, used = copy.deepcopy(study.sft), 0
     for r in range(rounds):
         tasks = sample_tasks(study.village, "train", steps * BATCH, 1000 * seed + r)
         pairs = fresh_pairs(policy, study.tokenizer, tasks, gold_reward, seed=r)
@@ -133,44 +143,55 @@ def online(study: Study, lr: float, beta: float, rounds: int, steps: int, seed: 
         config = TrainConfig(steps=steps, batch_size=BATCH, lr=lr, weight_decay=0.0, schedule="constant", seed=seed, log_every=steps)
         train_preference(policy, pairs, config, study.tokenizer, reference=study.sft, beta=beta)
     seconds = time.perf_counter() - start
-    base = measure_policy(study.sft, study.sft, study.tokenizer, study.tasks["test"], seed=seed)[1]
+    base = study.start("test", seed)[1]
     found = measure_policy(policy, study.sft, study.tokenizer, study.tasks["test"], base, seed=seed)[0] | {"pairs": used, "seconds": round(seconds, 1), "seed": seed}
     write_json(path, found)
     print("online", seed, found["win_rate"]["value"], found["kl"]["value"], f"{seconds:.0f} s", flush=True)
     return found
 
 
+def plan(study: Study, chosen: dict, steps: int, seeds: list[int]) -> dict[str, list[dict]]:
+    "The arms of each part, all measured on test people but those of `default`."
+    final = lambda name, seed, **more: arm_of(name, **(chosen[name] | {"steps": steps, "seed": seed} | more))
+    wrong = lambda name, share: {"flip": share} | ({"label_smoothing": max(0.1, share)} if name in LIKE_DPO else {}) if share else {}
+    parts = {"compared 0": [final(name, seeds[0]) for name in chosen],
+             "default": [arm_of("dpo", lr, n, seeds[0], beta=b, all=True) for b, lr, n in DEFAULTS],
+             "sweep 0": [final("dpo", seeds[0], beta=b) for b in SWEEP], "rates": [final("dpo", seeds[0], lr=lr) for lr in LADDER],
+             "noise 0": [final(name, seeds[0], **wrong(name, f)) for f in NOISE[::2] for name in NOISY]}
+    for n, seed in enumerate(seeds[1:], 1):
+        parts |= {f"compared {n}": [final(name, seed) for name in chosen], f"noise {n}": [final(name, seed, **wrong(name, f)) for f in NOISE[::2] for name in NOISY],
+                  f"sweep {n}": [final("dpo", seed, beta=b) for b in SWEEP]}
+    return parts | {"noise between": [final(name, seeds[0], **wrong(name, f)) for f in NOISE[1::2] for name in NOISY]}
+
+
+def about(folder: Path) -> dict:
+    "On which model this was measured."
+    config, read = json.loads((folder / "config.json").read_text()), lambda stage: json.loads((folder / stage / "metrics.json").read_text())
+    return {"command": config["command"], "pretrain": {k: read("base")["pretrain"][k] for k in ("parameters", "tokens", "val_loss")}, "sft": {"val_loss": read("sft")["sft"]["val_loss"]}}
+
+
 def main():
-    options = arguments(__doc__, run="runs/laptop", cache="runs/preference-cache", pairs=1600, steps=100, seeds=3, noise_seeds=2, only="")
+    options = arguments(__doc__, run="runs/laptop", cache="runs/preference-cache", pairs=1600, steps=100, seeds=3, finished=0, stop="noise between")
     torch.set_num_threads(1)
-    study = Study(Path(options.run), Path(options.cache), options.pairs)
-    wanted = lambda part: not options.only or part in options.only.split(",")
-    figures = {"pairs": options.pairs, "steps": options.steps, "batch": BATCH, "seeds": options.seeds}
-    chosen, grid = choose(study, options.steps)
-    figures |= {"chosen": chosen, "grid": grid}
+    study = Study(Path(options.run), Path(options.cache), options.pairs, bool(options.finished))
     seeds = [study.seed + s for s in range(options.seeds)]
-    final = lambda name, seed, **more: arm_of(name, **(chosen[name] | {"steps": options.steps, "seed": seed} | more))
-    figures["sft"] = [measure_policy(study.sft, study.sft, study.tokenizer, study.tasks["test"], seed=s)[0] for s in seeds]
-    if wanted("compare"):
-        figures["compared"] = [study.measured(final(name, s), "test") for s in seeds for name in chosen]
-        figures["curves"] = {name: study.trained(final(name, seeds[0])) for name in chosen}
-    if wanted("sweep"):
-        figures["sweep"] = [study.measured(final("dpo", s, beta=b), "test") for s in seeds[:2] for b in SWEEP]
-    if wanted("lr"):
-        figures["rates"] = [study.measured(final("dpo", seeds[0], lr=lr), "test") for lr in (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
-        figures["rates_curves"] = [study.trained(final("dpo", seeds[0], lr=lr)) for lr in (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
-    if wanted("default"):
-        figures["default"] = [study.measured(arm_of("dpo", lr, steps, seeds[0], beta=b, all=True), "val") for b, lr, steps in DEFAULTS]
-    if wanted("noise"):
-        figures["noise"] = [study.measured(final(name, s, **({"flip": f, **({"label_smoothing": max(0.1, f)} if name in LIKE_DPO else {})} if f else {})), "test")
-                            for s in seeds[:options.noise_seeds] for f in (0.0, 0.2, 0.4) for name in NOISY]
-    if wanted("online"):
-        figures["online"] = [online(study, chosen["dpo"]["lr"], chosen["dpo"]["beta"], 3, options.steps // 3, s) for s in seeds[:2]]
+    chosen, grid = choose(study, options.steps)
+    figures = {"run": about(Path(options.run)), "pairs": options.pairs, "steps": options.steps, "batch": BATCH, "chosen": chosen, "grid": grid, "parts": {}, "trained": {}}
+    figures["sft"] = [study.start("test", s)[0] for s in seeds]
+    for part, arms in plan(study, chosen, options.steps, seeds).items():
+        split = "val" if part == "default" else "test"
+        figures["parts"][part] = [r for arm in arms if (r := study.measured(arm, split))]
+        figures["trained"][part] = [study.trained(arm, part) for arm in arms if study.path(arm, ".train.json").exists()]
+        if part == options.stop:
+            break
+    figures["online"] = [r for s in seeds[:2] if (r := online(study, chosen["dpo"]["lr"], chosen["dpo"]["beta"], 4, options.steps // 4, s))]
     if options.save:
-        save("preference", "preference methods on the same pairs and budget", rounded(figures))
+        save("preference", "preference methods on the same pairs and budget, on a model of the named run", rounded(figures))
 
 
-DEFAULTS = [(0.3, 1e-4, 250), (0.1, 1e-4, 250), (0.3, 3e-4, 250), (0.3, 3e-4, 500)]
+DEFAULTS = [(0.3, 1e-4, 250), (0.1, 1e-4, 250), (0.1, 3e-4, 250), (0.3, 3e-4, 500)]
+LADDER = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+NOISE = (0.0, 0.1, 0.2, 0.3, 0.4)
 
 if __name__ == "__main__":
     main()
