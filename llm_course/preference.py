@@ -6,12 +6,13 @@
 __all__ = ['METHODS', 'KINDS', 'dpo_loss', 'robust_loss', 'hinge_loss', 'ipo_loss', 'normed_loss', 'log1mexp', 'orpo_odds_loss',
            'cpo_loss', 'simpo_loss', 'kto_loss', 'kto_kl', 'kto_weights', 'Method', 'method_of', 'pair_losses',
            'token_logps', 'answer_logps', 'pack_answers', 'preference_batch', 'batch_logps', 'add_reference',
-           'add_mismatched', 'unpaired_examples', 'dropout_off', 'KTOEstimate', 'sft_term', 'preference_loss',
+           'dropout_off', 'unpaired_examples', 'add_mismatched', 'KTOEstimate', 'sft_term', 'preference_loss',
            'train_preference']
 
 # %% ../nbs/08_dpo.ipynb #4fc1e70c
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -119,29 +120,29 @@ def kto_weights(desirable: int, undesirable: int, ratio: float = 1.0) -> tuple[f
     wanted = ratio * undesirable / desirable
     return (wanted, 1.0) if wanted > 1 else (1.0, 1 / wanted)
 
-# %% ../nbs/08_dpo.ipynb #5ae5c04d
+# %% ../nbs/08_dpo.ipynb #a9e78642
 @dataclass(frozen=True)
 class Method:
-    "A row of the table of conventions: what a method takes, its usual β, and where TRL 1.12.0 has it."
+    "A row of the table of conventions: what a method takes, our β where none is given, and where TRL 1.12.0 has it."
     name: str
-    paper: str
     average: bool            # per-token means of log-probabilities, else sums
     reference: bool
     beta: float
-    batch: str               # what depends on the other examples of the batch
-    trl: str
+    trl: str                 # loss type
+    source: str              # file and line
+    batch: str = "nothing"   # what the loss of an example takes from the others of its batch
 
 
 METHODS = {
-    "dpo": Method("DPO, cDPO", "Rafailov 2023, Mitchell 2023", False, True, 0.1, "", "DPOTrainer sigmoid (without label smoothing)"),
-    "robust": Method("robust DPO", "Chowdhury 2024", False, True, 0.1, "", "DPOTrainer robust"),
-    "hinge": Method("hinge", "Zhao 2023", False, True, 0.1, "", "DPOTrainer hinge"),
-    "ipo": Method("IPO", "Azar 2024", True, True, 0.1, "", "DPOTrainer ipo"),
-    "normed": Method("length-normalised DPO", "Lambert 2024", True, True, 5.0, "", "DPOTrainer sigmoid_norm"),
-    "kto": Method("KTO", "Ethayarajh 2024", False, True, 0.1, "estimate of the KL", "KTOTrainer kto"),
-    "orpo": Method("ORPO", "Hong 2024", True, False, 0.1, "", "experimental ORPOTrainer"),
-    "cpo": Method("CPO", "Xu 2024", False, False, 0.1, "", "experimental CPOTrainer sigmoid"),
-    "simpo": Method("SimPO", "Meng 2024", True, False, 2.0, "", "experimental CPOTrainer simpo, cpo_alpha=0"),
+    "dpo": Method("DPO, cDPO", False, True, 0.1, "sigmoid", "dpo_trainer.py:1464"),
+    "robust": Method("robust DPO", False, True, 0.1, "robust", "dpo_trainer.py:1505"),
+    "hinge": Method("hinge (SLiC)", False, True, 0.1, "hinge", "dpo_trainer.py:1467"),
+    "ipo": Method("IPO", True, True, 0.1, "ipo", "dpo_trainer.py:1470"),
+    "normed": Method("length-normalised DPO", True, True, 5.0, "sigmoid_norm", "dpo_trainer.py:1581"),
+    "kto": Method("KTO", False, True, 0.1, "kto", "kto_trainer.py:1567", "the estimate of the KL"),
+    "orpo": Method("ORPO", True, False, 0.1, "(its own trainer)", "orpo_trainer.py:673", "TRL: the SFT term is a mean over the tokens of the batch"),
+    "cpo": Method("CPO", False, False, 0.1, "sigmoid", "cpo_trainer.py:722", "TRL: as ORPO"),
+    "simpo": Method("SimPO", True, False, 2.0, "simpo", "cpo_trainer.py:714", "TRL: as ORPO, unless cpo_alpha=0"),
 }
 KINDS = tuple(METHODS)
 
@@ -251,6 +252,40 @@ def _mismatched(example: dict) -> dict:
     "The mismatched answers of an example, under the names of its own; {} if it has none."
     return {k.replace("_kl", ""): v for k, v in example.items() if "_kl" in k}
 
+# %% ../nbs/08_dpo.ipynb #73363a9c
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    "Within: no unit of the model is dropped, in training mode either; afterwards it is as before."
+    drops = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    configs = {id(m.c): m.c for m in model.modules() if isinstance(m, Attention)}.values()
+    before = [m.p for m in drops], [c.dropout for c in configs]
+    try:
+        for m in drops:
+            m.p = 0.0
+        for c in configs:
+            c.dropout = 0.0
+        yield
+    finally:
+        for m, p in zip(drops, before[0]):
+            m.p = p
+        for c, p in zip(configs, before[1]):
+            c.dropout = p
+
+# %% ../nbs/08_dpo.ipynb #8a38113e
+def unpaired_examples(rows: Sequence[dict], tokenizer: Tokenizer, max_len: int) -> tuple[list[dict], dict[str, int]]:
+    """Examples (`answer_ids`, `answer_labels`, `desirable`) of KTO rows (`prompt`, `completion`, `label`), labels on the answers.
+
+    Rows that do not fit into `max_len` are left out and counted."""
+    examples, report = [], {"answers": 0, "too_long": 0}
+    for row in rows:
+        prompt, (ids, _) = tokenizer.chat(row["prompt"])[0], tokenizer.chat([*row["prompt"], *row["completion"]])
+        if len(ids) > max_len:
+            report["too_long"] += 1
+        else:
+            examples.append({"answer_ids": ids, "answer_labels": [IGNORE] * (len(prompt) + 1) + ids[len(prompt) + 1:], "desirable": bool(row["label"])})
+    report["answers"] = len(examples)
+    return examples, report
+
 # %% ../nbs/08_dpo.ipynb #a9d71175
 def add_mismatched(examples: Sequence[dict], max_len: int, seed: int = 0) -> list[dict]:
     """Examples with the answers of another example to their own prompt, for KTO's estimate: `chosen_kl_ids`, `chosen_kl_labels` and so on.
@@ -272,40 +307,6 @@ def add_mismatched(examples: Sequence[dict], max_len: int, seed: int = 0) -> lis
             ids = [*prompts[i], *answer][:max_len]
             out[i] |= {f"{s}_kl_ids": ids, f"{s}_kl_labels": [IGNORE] * min(len(prompts[i]), max_len) + ids[len(prompts[i]):]}
     return out
-
-# %% ../nbs/08_dpo.ipynb #8a38113e
-def unpaired_examples(rows: Sequence[dict], tokenizer: Tokenizer, max_len: int) -> tuple[list[dict], dict[str, int]]:
-    """Examples (`answer_ids`, `answer_labels`, `desirable`) of KTO rows (`prompt`, `completion`, `label`), labels on the answers.
-
-    Rows that do not fit into `max_len` are left out and counted."""
-    examples, report = [], {"answers": 0, "too_long": 0}
-    for row in rows:
-        prompt, (ids, _) = tokenizer.chat(row["prompt"])[0], tokenizer.chat([*row["prompt"], *row["completion"]])
-        if len(ids) > max_len:
-            report["too_long"] += 1
-        else:
-            examples.append({"answer_ids": ids, "answer_labels": [IGNORE] * (len(prompt) + 1) + ids[len(prompt) + 1:], "desirable": bool(row["label"])})
-    report["answers"] = len(examples)
-    return examples, report
-
-# %% ../nbs/08_dpo.ipynb #73363a9c
-@contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    "Within: no unit of the model is dropped, in training mode either; afterwards it is as before."
-    drops = [m for m in model.modules() if isinstance(m, nn.Dropout)]
-    configs = {id(m.c): m.c for m in model.modules() if isinstance(m, Attention)}.values()
-    before = [m.p for m in drops], [c.dropout for c in configs]
-    try:
-        for m in drops:
-            m.p = 0.0
-        for c in configs:
-            c.dropout = 0.0
-        yield
-    finally:
-        for m, p in zip(drops, before[0]):
-            m.p = p
-        for c, p in zip(configs, before[1]):
-            c.dropout = p
 
 # %% ../nbs/08_dpo.ipynb #6453c71c
 class KTOEstimate(Callback):
@@ -394,7 +395,7 @@ def preference_loss(model, batch: dict[str, Tensor], kind: str = "dpo", beta: fl
                "rewards/accuracies": (gains[0] > gains[1]).sum(), "logps/chosen": w.sum(), "logps/rejected": l.sum(), "nll_loss": nll.sum()}
     return loss.sum(), len(w), {k: v.detach() for k, v in metrics.items()}
 
-# %% ../nbs/08_dpo.ipynb #729465a7
+# %% ../nbs/08_dpo.ipynb #c9a676f0
 def _prepared(model: Transformer, examples: Sequence[dict], config: TrainConfig, pad_id: int, reference: Transformer | None, kind: str, kl: str) -> list[dict]:
     "Examples with all that the method takes: mismatched answers, the reference's log-probabilities. Raises UserError for what cannot be trained on."
     if not examples:
@@ -419,7 +420,6 @@ def _estimate_of(config: TrainConfig, kl: str, pad_id: int, room: int) -> KTOEst
         raise UserError(f"kl={kl!r} is unknown; choose mismatched or batch")
     if kl == "mismatched":
         return KTOEstimate(pad_id, room)
-    import os
     if config.micro_batch or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("kl='batch' is an estimate from the answers of one piece of the batch; with micro_batch or several processes choose kl='mismatched'")
 
