@@ -26,9 +26,9 @@ GRID = {"dpo": [{"beta": b} for b in (0.1, 0.3)], "hinge": [{"beta": b} for b in
         "ipo sum": [{"beta": b} for b in (0.03, 0.1)], "normed": [{"beta": b} for b in (2.0, 5.0)], "kto": [{"beta": b} for b in (0.1, 0.3)],
         "orpo": [{"beta": b} for b in (0.5, 1.0)], "cpo": [{"beta": b} for b in (0.1, 0.3)],
         "simpo": [{"beta": b, "gamma_ratio": 0.5} for b in (2.0, 5.0)]}
-RATES = (1e-4, 3e-4)
+RATES = (2e-4, 5e-4)
 LIKE_DPO = {"cdpo": {"kind": "dpo", "label_smoothing": 0.1}, "rdpo": {"kind": "robust", "label_smoothing": 0.1}}     # take DPO's choice
-SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0)
+SWEEP = (0.02, 0.1, 0.3, 1.0)
 NOISY = ("dpo", "cdpo", "rdpo", "ipo", "kto", "simpo")
 
 
@@ -43,7 +43,7 @@ class Study:
         settings = self.config["settings"]
         self.seed, village = settings["seed"], make_village(settings["seed"], settings["data"]["people"])
         self.village = village
-        self.tasks = {"val": sample_tasks(village, "val", 240, self.seed + 2), "test": sample_tasks(village, "test", 400, self.seed + 2)}
+        self.tasks = {"val": sample_tasks(village, "val", 200, self.seed + 2), "test": sample_tasks(village, "test", 400, self.seed + 2)}
 
     def pairs(self, n: int | None) -> list[dict]:
         "The run's first pairs, with the log-probabilities of the SFT model."
@@ -75,10 +75,10 @@ class Study:
         pairs = self.pairs(None if arm.get("all") else self.n)
         if arm.get("flip"):
             pairs = flip_labels(pairs, arm["flip"], arm["seed"])
-        options = {k: arm[k] for k in ("beta", "gamma_ratio", "label_smoothing", "average") if k in arm}
+        options = {k: arm[k] for k in ("beta", "gamma_ratio", "label_smoothing", "average", "alpha", "prompt_loss") if k in arm}
         config = TrainConfig(steps=arm["steps"], batch_size=BATCH, lr=arm["lr"], weight_decay=0.0, warmup=0.05, seed=arm["seed"], log_every=max(1, arm["steps"] // 20))
         trainer = train_preference(policy, pairs, config, self.tokenizer, kind=arm["kind"], **options)
-        curve = [{k: round(v, 5) for k, v in r.items() if k in ("step", "loss", "kl") or "/" in k} for r in trainer.history]
+        curve = [{k: round(v, 5) for k, v in r.items() if k in ("step", "loss", "kl") or k.startswith("rewards")} for r in trainer.history]
         write_json(self.path(arm, ".train.json"), {"arm": arm, "seconds": round(time.perf_counter() - start, 1), "curve": curve})
         save_file({k: v.contiguous() for k, v in policy.state_dict().items() if k != "lm_head.weight"}, path)
         return policy
@@ -110,15 +110,21 @@ def arm_of(name: str, lr: float, steps: int, seed: int, **options) -> dict:
 
 def choose(study: Study, steps: int) -> tuple[dict, dict]:
     "Each method's learning rate and options, by gold reward on validation people; and the whole grid."
-    chosen, grid = {}, {}
+    chosen, grid, gold = {}, {}, lambda r: r["gold"]["value"]
     for name, options in GRID.items():
-        arms = [(RATES[0], options[0]), *((RATES[1], o) for o in options)]
-        grid[name] = [study.measured(arm_of(name, lr, steps, study.seed, **o), "val") for lr, o in arms]
-        best = max(grid[name], key=lambda r: r["gold"]["value"])
+        measure = lambda lr, o: study.measured(arm_of(name, lr, steps, study.seed, **o), "val")
+        first = [measure(lr, options[0]) for lr in RATES]                     # the learning rate first, then β at the better one
+        grid[name] = first + [measure(max(first, key=gold)["lr"], o) for o in options[1:]]
+        best = max(grid[name], key=gold)
         chosen[name] = {k: best[k] for k in ("lr", "beta", "gamma_ratio") if k in best}
     for name in LIKE_DPO:
         chosen[name] = dict(chosen["dpo"])
     return chosen, grid
+
+
+def brief(row: dict) -> dict:
+    "A row without accuracies, and with intervals for win rate and KL only."
+    return {k: v["value"] if k in ("gold", "length", "ends") else v for k, v in row.items() if k != "right"}
 
 
 def rounded(value, digits: int = 4):
@@ -154,13 +160,13 @@ def plan(study: Study, chosen: dict, steps: int, seeds: list[int]) -> dict[str, 
     "The arms of each part, all measured on test people but those of `default`."
     final = lambda name, seed, **more: arm_of(name, **(chosen[name] | {"steps": steps, "seed": seed} | more))
     wrong = lambda name, share: {"flip": share} | ({"label_smoothing": max(0.1, share)} if name in LIKE_DPO else {}) if share else {}
-    parts = {"compared 0": [final(name, seeds[0]) for name in chosen],
-             "default": [arm_of("dpo", lr, n, seeds[0], beta=b, all=True) for b, lr, n in DEFAULTS],
-             "sweep 0": [final("dpo", seeds[0], beta=b) for b in SWEEP], "rates": [final("dpo", seeds[0], lr=lr) for lr in LADDER],
-             "noise 0": [final(name, seeds[0], **wrong(name, f)) for f in NOISE[::2] for name in NOISY]}
-    for n, seed in enumerate(seeds[1:], 1):
-        parts |= {f"compared {n}": [final(name, seed) for name in chosen], f"noise {n}": [final(name, seed, **wrong(name, f)) for f in NOISE[::2] for name in NOISY],
-                  f"sweep {n}": [final("dpo", seed, beta=b) for b in SWEEP]}
+    compared = {f"compared {n}": [final(name, seed) for name in chosen] for n, seed in enumerate(seeds)}
+    noise = {f"noise {n}": [final(name, seed, **wrong(name, f)) for f in NOISE[::2] for name in NOISY] for n, seed in enumerate(seeds)}
+    sweep = {f"sweep {n}": [final("dpo", seed, beta=b) for b in SWEEP] for n, seed in enumerate(seeds)}
+    first = {"compared 0": compared["compared 0"], "sweep 0": sweep["sweep 0"], "rates": [final("dpo", seeds[0], lr=lr) for lr in LADDER],
+             "default": [arm_of("dpo", lr, n, seeds[0], beta=b, all=True) for b, lr, n in DEFAULTS], "noise 0": noise["noise 0"]}
+    first["extras"] = [final("orpo", seeds[0], prompt_loss=True), final("simpo", seeds[0], alpha=1.0), final("dpo", seeds[0], alpha=0.2)]
+    parts = first | compared | noise | sweep
     return parts | {"noise between": [final(name, seeds[0], **wrong(name, f)) for f in NOISE[1::2] for name in NOISY]}
 
 
@@ -171,16 +177,17 @@ def about(folder: Path) -> dict:
 
 
 def main():
-    options = arguments(__doc__, run="runs/laptop", cache="runs/preference-cache", pairs=1600, steps=100, seeds=3, finished=0, stop="noise between")
+    options = arguments(__doc__, run="runs/laptop", cache="runs/preference-cache", pairs=1024, steps=64, seeds=3, finished=0, stop="noise between")
     torch.set_num_threads(1)
     study = Study(Path(options.run), Path(options.cache), options.pairs, bool(options.finished))
     seeds = [study.seed + s for s in range(options.seeds)]
     chosen, grid = choose(study, options.steps)
-    figures = {"run": about(Path(options.run)), "pairs": options.pairs, "steps": options.steps, "batch": BATCH, "chosen": chosen, "grid": grid, "parts": {}, "trained": {}}
+    figures = {"run": about(Path(options.run)), "pairs": options.pairs, "steps": options.steps, "batch": BATCH, "chosen": chosen, "grid": {k: [brief(r) for r in v] for k, v in grid.items()}, "parts": {}, "trained": {}}
     figures["sft"] = [study.start("test", s)[0] for s in seeds]
     for part, arms in plan(study, chosen, options.steps, seeds).items():
         split = "val" if part == "default" else "test"
-        figures["parts"][part] = [r for arm in arms if (r := study.measured(arm, split))]
+        rows = [r for arm in arms if (r := study.measured(arm, split))]
+        figures["parts"][part] = rows if part.startswith(("compared", "extras")) else [brief(r) for r in rows]
         figures["trained"][part] = [study.trained(arm, part) for arm in arms if study.path(arm, ".train.json").exists()]
         if part == options.stop:
             break
@@ -189,8 +196,8 @@ def main():
         save("preference", "preference methods on the same pairs and budget, on a model of the named run", rounded(figures))
 
 
-DEFAULTS = [(0.3, 1e-4, 250), (0.1, 1e-4, 250), (0.1, 3e-4, 250), (0.3, 3e-4, 500)]
-LADDER = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+DEFAULTS = [(0.3, 1e-4, 250), (0.1, 2e-4, 250), (0.3, 3e-4, 250), (0.3, 3e-4, 500)]
+LADDER = (5e-5, 2e-4, 5e-4, 2e-3)
 NOISE = (0.0, 0.1, 0.2, 0.3, 0.4)
 
 if __name__ == "__main__":
