@@ -201,7 +201,7 @@ def length_figures(lab: Lab, rewards: torch.Tensor) -> dict:
     return {"all": share(longer | ~longer), "longer_is_better": share(longer), "shorter_is_better": share(shorter), "gold_points_per_word": length_slope(rewards, n, gold)}
 
 
-def length_bias(lab: Lab, n: int = 1000, share: float = 0.5, seeds: int = 2, trusted: int = 200) -> dict:
+def length_bias(lab: Lab, n: int = 1000, share: float = 0.5, seeds: int = 1, trusted: int = 200) -> dict:
     "Labels of annotators who in half of the pairs just take the longer answer; and two ways out."
     arms: dict[str, list] = {}
     figures: dict = {"pairs": min(n, len(lab.rows)), "share": share, "trusted": trusted, "seeds": seeds}
