@@ -1,8 +1,8 @@
 """Fine-tuning a run's base model: learning rate, epochs, number of conversations, kinds of loss, and what is forgotten of the pretraining text.
 
 Each arm trains from the run's base model as the pipeline does (packed rows, batches of 8, cosine schedule) and is measured on questions about the
-people of the validation split, on held-out conversations, and on the pretraining validation text. The settings are chosen there; two of them,
-the pipeline's and the best, are then asked the run's test tasks. Finished arms are kept in `--cache` and not done again.
+people of the validation split, on held-out conversations, and on pretraining validation text. Settings are chosen there. Two models are asked
+the run's test tasks at the end: the run's own stage `sft`, and one with the best learning rate. Finished arms are kept in `--cache` and not done again.
 
     python benchmarks/sft.py --run runs/lab --save
 """
@@ -27,24 +27,28 @@ from llm_course.trainer import TrainConfig, mean_loss
 from llm_course.world import KINDS, make_tasks, make_village
 
 ROOM = 128
-RATES, SIZES, EPOCHS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), (300, 1000, 3000), (1, 3, 10)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+N, EPOCHS = 1000, 2                                                           # of the sweep over learning rates
+GRID = ((300, 1), (300, 3), (300, 10), (1000, 1), (3000, 1))                  # conversations and epochs, beside that
+REPEATED = ((300, 3), (1000, 2))                                              # with two more seeds: other conversations in another order
 
 
 class Material:
     "What all arms share: base model, conversations, held-out questions and texts of a run."
 
-    def __init__(self, run: str, questions: int = 100, texts: int = 60):
+    def __init__(self, run: str, texts: int = 8, characters: int = 1500):
         self.run, self.settings = Path(run), json.loads((Path(run) / "config.json").read_text())
         s, self.tokenizer = self.settings["settings"], Tokenizer.load(self.run / "base")
         chats = [row for _, row in read_rows(self.run / "corpus" / "conversations.jsonl")]
         examples, self.report = sft_examples(chats, self.tokenizer, ROOM)
         self.val, self.train = examples[:200], examples[200:]       # as in the pipeline
-        self.tasks = make_tasks(make_village(s["seed"], s["data"]["people"]), "val", questions)
+        village = make_village(s["seed"], s["data"]["people"])
+        self.tasks = make_tasks(village, "val", 100, kinds=KINDS[:2]) + make_tasks(village, "val", 40, kinds=KINDS[2:])
         self.test = [row for _, row in read_rows(self.run / "corpus" / "tasks.jsonl")]
         self.texts: dict[str, list[str]] = {}
         for _, row in read_rows(self.run / "corpus" / "val.jsonl"):
             if len(self.texts.setdefault(row["source"], [])) < texts:
-                self.texts[row["source"]].append(row["text"])
+                self.texts[row["source"]].append(row["text"][:characters])
 
     def about(self) -> dict:
         "The run in figures, for the record."
@@ -107,20 +111,20 @@ class Cache:
         return json.loads(path.read_text())
 
 
-def full(cache: Cache, m: Material, lr: float, epochs: float, seed: int) -> dict:
-    "An arm with all conversations, whose model is kept for the test."
-    name = f"full-{lr:g}-{epochs:g}-{seed}"
-    return cache(name, lambda: arm(m, lr, epochs, seed=seed, keep=cache.folder / name))
+def sized(cache: Cache, m: Material, lr: float, n: int, epochs: float, seed: int = 0, **options) -> dict:
+    "An arm by its name."
+    more = "".join(f"-{k}={v}" for k, v in options.items())
+    return cache(f"n{n}-{epochs:g}-{lr:g}-{seed}{more}", partial(arm, m, lr, epochs, n, seed, **options))
 
 
-def tested(cache: Cache, m: Material, lr: float, epochs: float, seeds: tuple[int, ...] = (0, 1, 2)) -> dict:
-    "The run's test tasks, asked of one setting's models of all seeds."
-    out = []
-    for s in seeds:
-        full(cache, m, lr, epochs, s)
-        name = f"full-{lr:g}-{epochs:g}-{s}"
-        out.append(cache(f"test-{name}", lambda: m.measure(load_model(cache.folder / name), m.test)))
-    return {"lr": lr, "epochs": epochs, "seconds": [full(cache, m, lr, epochs, s)["seconds"] for s in seeds], "accuracy": [r["accuracy"] for r in out]}
+def tested(cache: Cache, m: Material, best: float) -> dict:
+    "The run's own fine-tuned model and one with all conversations and the best learning rate, on the test tasks (accuracy) and as all others."
+    everything = cache(f"all-{best:g}", lambda: arm(m, best, 2, keep=cache.folder / "all"))
+    own = cache("run", lambda: m.measure(load_model(m.run / "sft")))
+    ask = lambda name, folder: cache(f"test-{name}", lambda: m.measure(load_model(folder), m.test))["accuracy"]
+    s = m.settings["settings"]["sft"]
+    return {"run": own | {"lr": s["lr"], "epochs": s["epochs"], "seconds": json.loads((m.run / "sft" / "stage.json").read_text())["seconds"], "test": ask("run", m.run / "sft")},
+            "best": everything | {"test": ask(f"all-{best:g}", cache.folder / "all")}}
 
 
 def main() -> None:
@@ -128,16 +132,13 @@ def main() -> None:
     torch.set_num_threads(1)
     m, cache = Material(args.run), Cache(args.cache)
     figures = {"run": m.about(), "kinds": KINDS, "before": cache("before", lambda: m.measure(m.base()))}
-    figures["rates"] = [full(cache, m, lr, 2, 0) for lr in RATES]
-    best = max(figures["rates"], key=score)["lr"]
-    figures["chosen_lr"] = best
-    figures["grid"] = [cache(f"n{n}-{best:g}-{e}-{s}", partial(arm, m, best, e, n, s)) for e in EPOCHS for n in SIZES for s in range(3)]
-    figures["grid"] += [full(cache, m, best, e, s) for e, seeds in ((1, 3), (3, 3), (10, 1)) for s in range(seeds)]
-    variants = {"token": {}, "example": {"by": "example"}, "dft": {"kind": "dft"}, "not woken": {"wake": False}}
-    figures["variants"] = {k: full(cache, m, best, 2, 0) if not v else cache(f"variant-{k.replace(' ', '-')}-{best:g}", partial(arm, m, best, 2, **v)) for k, v in variants.items()}
-    everything = figures["rates"] + [r for r in figures["grid"] if r["n"] == len(m.train)]
-    top = max(everything, key=lambda r: (score(r), -r["epochs"]))
-    figures["test"] = {"pipeline": tested(cache, m, 3e-4, 2), "best": tested(cache, m, top["lr"], top["epochs"])}
+    figures["rates"] = [sized(cache, m, lr, N, EPOCHS) for lr in RATES]
+    figures["chosen_lr"] = best = max(figures["rates"], key=score)["lr"]
+    figures["grid"] = [sized(cache, m, best, n, e) for n, e in GRID] + [r for r in figures["rates"] if r["lr"] == best]
+    variants = {"dft": {"kind": "dft"}, "example": {"by": "example"}, "not woken": {"wake": False}}
+    figures["variants"] = {k: sized(cache, m, best, N, EPOCHS, **v) for k, v in variants.items()}
+    figures["repeated"] = [sized(cache, m, best, n, e, s) for n, e in REPEATED for s in (1, 2)]
+    figures["test"] = tested(cache, m, best)
     if args.save:
         save("sft", "supervised fine-tuning of a run's base model: learning rate, epochs, size of the set, loss, forgetting", figures)
 
