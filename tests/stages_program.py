@@ -49,7 +49,7 @@ def all_stages(folder: Path) -> dict[str, torch.nn.Module]:
     curves, models = {}, {}
 
     def keep(stage, model, trainer, stats=()):
-        curves[stage] = [{k: v for k, v in r.items() if k != "seconds"} for r in trainer.history]
+        curves[stage] = [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in trainer.history]
         models[stage] = copy.deepcopy(model)
 
     keep("pretrain", base, pretrain(base, rows[:-4], config(), val_rows=rows[-4:]))
