@@ -2,7 +2,7 @@
 
 Each arm trains from the run's base model as the pipeline does (packed rows, batches of 8, cosine schedule) and is measured on questions about the
 people of the validation split, on held-out conversations, and on pretraining validation text. Settings are chosen there. Two models are asked
-the run's test tasks at the end: the run's own stage `sft`, and one with the best learning rate. Finished arms are kept in `--cache` and not done again.
+the run's test tasks at the end: the run's own, of its stage `sft`, and the best of those trained on all conversations. Finished arms are kept in `--cache` and not done again.
 
     python benchmarks/sft.py --run runs/lab --save
 """
@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from record import arguments, save
 
-from llm_course.evaluate import accuracy_by_kind, ask_tasks
+from llm_course.evaluate import accuracy_by_kind, ask_tasks, mean_interval, rate
+from llm_course.generate import Sampling
 from llm_course.hub import load_model, save_model
 from llm_course.model import Transformer
 from llm_course.packing import pack_examples, stack_rows
@@ -24,13 +25,14 @@ from llm_course.reading import read_rows
 from llm_course.sft import sft, sft_examples, sft_loss, wake_special_tokens
 from llm_course.tokenizer import Tokenizer
 from llm_course.trainer import TrainConfig, mean_loss
-from llm_course.world import KINDS, make_tasks, make_village
+from llm_course.world import KINDS, grade, make_tasks, make_village
 
 ROOM = 128
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 N, EPOCHS = 1000, 2                                                           # of the sweep over learning rates
-GRID = ((300, 1), (300, 3), (300, 10), (1000, 1), (3000, 1))                  # conversations and epochs, beside that
-REPEATED = ((300, 3), (1000, 2))                                              # with two more seeds: other conversations in another order
+GRID = tuple((n, e) for n in (300, 1000, 3000) for e in (1, 3, 10) if n * e < 12_000)      # conversations and epochs
+REPEATED = ((300, 3), (300, 10), (1000, 2))                                   # with two more seeds: other conversations in another order
+WHOLE = ((3e-4, 2, "dft"), (3e-4, 1, "nll"), (1e-4, 2, "nll"), (3e-4, 1, "dft"), (3e-4, 3, "nll"), (1e-3, 1, "nll"))      # for all conversations
 
 
 class Material:
@@ -117,14 +119,31 @@ def sized(cache: Cache, m: Material, lr: float, n: int, epochs: float, seed: int
     return cache(f"n{n}-{epochs:g}-{lr:g}-{seed}{more}", partial(arm, m, lr, epochs, n, seed, **options))
 
 
-def tested(cache: Cache, m: Material, best: float) -> dict:
-    "The run's own fine-tuned model and one with all conversations and the best learning rate, on the test tasks (accuracy) and as all others."
-    everything = cache(f"all-{best:g}", lambda: arm(m, best, 2, keep=cache.folder / "all"))
-    own = cache("run", lambda: m.measure(load_model(m.run / "sft")))
-    ask = lambda name, folder: cache(f"test-{name}", lambda: m.measure(load_model(folder), m.test))["accuracy"]
-    s = m.settings["settings"]["sft"]
-    return {"run": own | {"lr": s["lr"], "epochs": s["epochs"], "seconds": json.loads((m.run / "sft" / "stage.json").read_text())["seconds"], "test": ask("run", m.run / "sft")},
-            "best": everything | {"test": ask(f"all-{best:g}", cache.folder / "all")}}
+def whole(cache: Cache, m: Material) -> list[dict]:
+    "The run's own fine-tuned model, and others on all conversations; their models are kept."
+    s, own = m.settings["settings"]["sft"], cache("run", lambda: m.measure(load_model(m.run / "sft")))
+    seconds = json.loads((m.run / "sft" / "stage.json").read_text())["seconds"]
+    out = [own | {"folder": str(m.run / "sft"), "lr": s["lr"], "epochs": s["epochs"], "kind": s.get("kind", "nll"), "n": len(m.train), "seconds": seconds}]
+    for lr, epochs, kind in WHOLE:
+        name = f"all-{epochs:g}-{lr:g}-{kind}"
+        out.append(cache(name, lambda: arm(m, lr, epochs, keep=cache.folder / name, kind=kind)) | {"folder": str(cache.folder / name), "kind": kind})
+    return out
+
+
+def tested(cache: Cache, m: Material, result: dict) -> dict:
+    "A kept model on the run's test tasks."
+    return cache(f"test-{Path(result['folder']).name}", lambda: m.measure(load_model(result["folder"]), m.test))["accuracy"]
+
+
+def variety(cache: Cache, m: Material, result: dict, samples: int = 8) -> dict:
+    "How many different answers a kept model gives to the same question at temperature 1 (one in four of recall and form): mean with interval; how many are right."
+    def work():
+        tasks = [t for t in m.tasks if t["kind"] in KINDS[:2]][::4]
+        answers = ask_tasks(load_model(result["folder"]), m.tokenizer, [t for t in tasks for _ in range(samples)], max_new_tokens=40, sampling=Sampling(1.0))
+        groups = [answers[i:i + samples] for i in range(0, len(answers), samples)]
+        right = sum(grade(t, a)["right"] for t, group in zip(tasks, groups) for a in group)
+        return {"different": mean_interval([len(set(g)) for g in groups]), "right": rate(right, len(answers)), "samples": samples}
+    return cache(f"variety-{Path(result['folder']).name}", work)
 
 
 def main() -> None:
@@ -134,11 +153,14 @@ def main() -> None:
     figures = {"run": m.about(), "kinds": KINDS, "before": cache("before", lambda: m.measure(m.base()))}
     figures["rates"] = [sized(cache, m, lr, N, EPOCHS) for lr in RATES]
     figures["chosen_lr"] = best = max(figures["rates"], key=score)["lr"]
-    figures["grid"] = [sized(cache, m, best, n, e) for n, e in GRID] + [r for r in figures["rates"] if r["lr"] == best]
+    figures["grid"] = [sized(cache, m, best, n, e) for n, e in GRID]
     variants = {"dft": {"kind": "dft"}, "example": {"by": "example"}, "not woken": {"wake": False}}
     figures["variants"] = {k: sized(cache, m, best, N, EPOCHS, **v) for k, v in variants.items()}
     figures["repeated"] = [sized(cache, m, best, n, e, s) for n, e in REPEATED for s in (1, 2)]
-    figures["test"] = tested(cache, m, best)
+    candidates = whole(cache, m)
+    top = max(candidates, key=score)
+    figures["test"] = {"run": tested(cache, m, candidates[0]), "best": tested(cache, m, top), "best is": {k: top[k] for k in ("lr", "epochs", "kind")}}
+    figures["all"] = [{k: v for k, v in r.items() if k != "folder"} | {"sampled": variety(cache, m, r)} for r in candidates]
     if args.save:
         save("sft", "supervised fine-tuning of a run's base model: learning rate, epochs, size of the set, loss, forgetting", figures)
 
