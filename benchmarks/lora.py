@@ -23,17 +23,19 @@ from llm_course.hub import save_model
 from llm_course.lora import TARGETS, add_lora, lora_layers, merge_lora, save_lora
 from llm_course.model import ModelConfig, Transformer
 from llm_course.packing import pack_examples, stack_rows
-from llm_course.sft import sft, sft_loss
+from llm_course.sft import sft, sft_loss, wake_special_tokens
 from llm_course.trainer import TrainConfig, Trainer, mean_loss
 
 LORA_RATES, RANKS = (1e-3, 3e-3, 1e-2, 3e-2), (1, 64)
 PARTS = {"queries and values": ("q_proj", "v_proj"), "feed-forward": TARGETS[4:]}
 
 
-def arm(m: Material, lr: float, rank: int, targets: tuple[str, ...] = TARGETS, seed: int = 0, wake: bool = True) -> dict:
-    "Train adapters once, and measure."
+def arm(m: Material, lr: float, rank: int, targets: tuple[str, ...] = TARGETS, seed: int = 0, wake: bool = True, apart: float = 0.1) -> dict:
+    "Train adapters once, and measure; the special tokens are woken with `apart`."
     examples = random.Random(seed).sample(m.train, N)
-    model = m.base(wake)
+    model = m.base(wake=False)
+    if wake:
+        wake_special_tokens(model, m.tokenizer, apart)
     torch.manual_seed(seed)
     add_lora(model, rank, 2.0 * rank, targets)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -87,6 +89,7 @@ def main() -> None:
     best = max(figures["rank 8"], key=score)["lr"]
     figures["ranks"] = [one(f"r{r}", best, r) for r in RANKS]
     figures["not woken"] = one("r8-asleep", best, 8, wake=False)
+    figures["one vector"] = one("r8-together", best, 8, apart=0.0)
     figures["targets"] = {name: one(f"r8-{'-'.join(t)}", best, 8, targets=t) for name, t in PARTS.items()}
     figures["repeated"] = [one(f"r8-seed{s}", best, 8, seed=s) for s in (1, 2)]
     figures["before"], figures["full"] = whole("before", lambda: m.measure(m.base())), [sized(whole, m, lr, N, EPOCHS) for lr in RATES]

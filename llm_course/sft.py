@@ -23,7 +23,7 @@ from .tasks import sft_labels
 from .tokenizer import Tokenizer
 from .trainer import Callback, Evaluate, TrainConfig, Trainer
 
-# %% ../nbs/06_sft.ipynb #2efc5b13
+# %% ../nbs/06_sft.ipynb #95e0003b
 @dataclass
 class ChatView:
     """Tokens of a conversation as HTML in a notebook, in a terminal as text in which what is learned stands in brackets.
@@ -100,7 +100,7 @@ def sft_examples(conversations: Sequence[dict], tokenizer: Tokenizer, max_len: i
     report["examples"] = len(examples)
     return examples, report
 
-# %% ../nbs/06_sft.ipynb #49de51a3
+# %% ../nbs/06_sft.ipynb #a51c9643
 def sft_loss(model, batch: dict[str, Tensor], by: str = "token", kind: str = "nll", backend: str | None = None) -> tuple[Tensor, Tensor, dict]:
     """Loss sum and count of packed rows (`input_ids`, `labels`, `doc_ids`), for the trainer; logs `mean_token_accuracy`.
 
@@ -135,13 +135,15 @@ MEANINGS = {"<|system|>": "Note:", "<|user|>": "Question:", "<|assistant|>": " A
 
 
 @torch.no_grad()
-def wake_special_tokens(model: Transformer, tokenizer: Tokenizer) -> None:
-    "Start the vectors of the role tokens at the mean of the words in `MEANINGS`, and that of `<|end|>` at the end of a document, in place."
+def wake_special_tokens(model: Transformer, tokenizer: Tokenizer, apart: float = 0.0) -> None:
+    """Start the vectors of the role tokens at the mean of the words in `MEANINGS`, and that of `<|end|>` at the end of a document, in place.
+
+    `apart` makes the last one longer by this share. It is needed where the embedding stays frozen (see `lora`): what has one vector gets one probability."""
     tables = [model.embed_tokens.weight] + ([model.lm_head.weight] if model.lm_head is not None else [])
     for table in tables:
         for token, words in MEANINGS.items():
             table[tokenizer.fast.token_to_id(token)] = table[tokenizer.encode(words)].mean(0)
-        table[tokenizer.end_id] = table[tokenizer.bos_id]
+        table[tokenizer.end_id] = (1 + apart) * table[tokenizer.bos_id]
 
 # %% ../nbs/06_sft.ipynb #65804f2d
 def sft(model: Transformer, examples: Sequence[dict], config: TrainConfig, tokenizer: Tokenizer, folder: str | Path | None = None,
