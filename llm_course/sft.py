@@ -23,7 +23,7 @@ from .tasks import sft_labels
 from .tokenizer import Tokenizer
 from .trainer import Callback, Evaluate, TrainConfig, Trainer
 
-# %% ../nbs/06_sft.ipynb #95e0003b
+# %% ../nbs/06_sft.ipynb #2efc5b13
 @dataclass
 class ChatView:
     """Tokens of a conversation as HTML in a notebook, in a terminal as text in which what is learned stands in brackets.
@@ -100,7 +100,7 @@ def sft_examples(conversations: Sequence[dict], tokenizer: Tokenizer, max_len: i
     report["examples"] = len(examples)
     return examples, report
 
-# %% ../nbs/06_sft.ipynb #a51c9643
+# %% ../nbs/06_sft.ipynb #49de51a3
 def sft_loss(model, batch: dict[str, Tensor], by: str = "token", kind: str = "nll", backend: str | None = None) -> tuple[Tensor, Tensor, dict]:
     """Loss sum and count of packed rows (`input_ids`, `labels`, `doc_ids`), for the trainer; logs `mean_token_accuracy`.
 
