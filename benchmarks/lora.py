@@ -1,7 +1,7 @@
 """LoRA against full fine-tuning of a run's base model: learning rates, ranks, target layers, what is forgotten; and what it saves.
 
 Every arm learns from the same 1,000 conversations, twice, and is measured on the validation people and texts, as in `benchmarks/sft.py`, whose
-sweep is the one of full fine-tuning. The learning rate of the adapters is chosen for rank 8. Adapters are scaled by alpha / rank = 2 throughout. Memory
+sweep is the one of full fine-tuning. The learning rate of the adapters is chosen for rank 8; other ranks get the best of that and lower ones. Adapters are scaled by alpha / rank = 2 throughout. Memory
 is the peak of a process of its own. Finished arms are kept in `--cache`, those of full fine-tuning in `--full`, and not done again.
 
     python benchmarks/lora.py --run runs/lab --save
@@ -87,7 +87,7 @@ def main() -> None:
     one = lambda name, lr, rank, **kw: cache(f"{name}-{lr:g}", lambda: arm(m, lr, rank, **kw))
     figures = {"run": m.about(), "conversations": N, "epochs": EPOCHS, "memory": cache("memory", memory), "rank 8": [one("r8", lr, 8) for lr in LORA_RATES]}
     best = max(figures["rank 8"], key=score)["lr"]
-    figures["ranks"] = [one(f"r{r}", best, r) for r in RANKS]
+    figures["ranks"] = [max((one(f"r{r}", lr, r) for lr in LORA_RATES if lr <= best), key=score) for r in RANKS]
     figures["not woken"] = one("r8-asleep", best, 8, wake=False)
     figures["one vector"] = one("r8-together", best, 8, apart=0.0)
     figures["targets"] = {name: one(f"r8-{'-'.join(t)}", best, 8, targets=t) for name, t in PARTS.items()}
