@@ -78,7 +78,7 @@ class Study:
         options = {k: arm[k] for k in ("beta", "gamma_ratio", "label_smoothing", "average", "alpha", "prompt_loss") if k in arm}
         config = TrainConfig(steps=arm["steps"], batch_size=BATCH, lr=arm["lr"], weight_decay=0.0, warmup=0.05, seed=arm["seed"], log_every=max(1, arm["steps"] // 20))
         trainer = train_preference(policy, pairs, config, self.tokenizer, kind=arm["kind"], **options)
-        curve = [{k: round(v, 5) for k, v in r.items() if k in ("step", "loss", "kl") or k.startswith("rewards")} for r in trainer.history]
+        curve = [{k: round(v, 5) for k, v in r.items() if k in ("step", "loss", "kl") or k.startswith(("logps", "rewards/m", "rewards/a"))} for r in trainer.history]
         write_json(self.path(arm, ".train.json"), {"arm": arm, "seconds": round(time.perf_counter() - start, 1), "curve": curve})
         save_file({k: v.contiguous() for k, v in policy.state_dict().items() if k != "lm_head.weight"}, path)
         return policy
