@@ -41,7 +41,7 @@ from .model import ModelConfig, Transformer
 from .packing import TokenRows, pack_examples
 from .ppo import PPOConfig, train_ppo
 from .grpo import GRPOConfig, task_prompts, train_grpo, verified_scorer
-from .preference import add_reference, train_preference
+from .preference import train_preference
 from .pretrain import MaskedRows, SampleTexts, bits_per_byte, fill_blanks, masked_accuracy, pretrain, tokenize_corpus
 from .report import write_report
 from .reward import RewardModel, as_gold, pair_correctness, pair_examples, train_reward
@@ -49,7 +49,6 @@ from .tasks import word_tables
 from .sft import sft, sft_examples, wake_special_tokens
 from .tokenizer import Tokenizer, bytes_per_token, train_tokenizer
 from .checkpoint import checkpoints, discard
-from .step import autocast_of
 from .curves import Progress, RunLog, TerminalPlot, live_plots, read_log
 from .trainer import Callback, TrainConfig, Trainer, make_accelerator, seed_all
 from .votes import filter_pairs
@@ -602,9 +601,8 @@ def run_dpo(run: Run, out: Path) -> dict:
     s, c, tokenizer, policy = run.settings, run.settings["dpo"], Tokenizer.load(run.path("tokenizer")), load_model(run.path("sft")).to(_device())
     examples, report = _pairs(run, tokenizer, policy.config.max_seq_len)
     config = train_config(s, "dpo", _steps(len(examples), c))
-    with autocast_of(config):     # the same arithmetic as in training: at the first step policy and reference must agree
-        examples = add_reference(policy, examples, tokenizer.pad_id)
-    policy = train_preference(policy, examples, config, tokenizer, out, _chat_callbacks(run, "dpo", config, tokenizer), kind=c["kind"], beta=c["beta"]).whole_model()
+    policy = train_preference(policy, examples, config, tokenizer, out, _chat_callbacks(run, "dpo", config, tokenizer), reference=policy,
+                              kind=c["kind"], beta=c["beta"]).whole_model()
     if is_main():
         save_model(policy, out, tokenizer)
     return {"dpo": report}
