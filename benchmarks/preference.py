@@ -13,11 +13,12 @@ from record import arguments, save
 from safetensors.torch import load_file, save_file
 
 from llm_course.hub import load_model
-from llm_course.preference import KINDS, add_mismatched, add_reference, train_preference
+from llm_course.preference import KINDS, add_mismatched, add_reference, preference_batch, preference_loss, train_preference
 from llm_course.preference_study import flip_labels, fresh_pairs, measure_policy
 from llm_course.reading import read_rows, write_json
 from llm_course.reward import pair_examples
 from llm_course.step import TrainConfig
+from llm_course.tasks import IGNORE
 from llm_course.tokenizer import Tokenizer
 from llm_course.world import gold_reward, make_village, sample_tasks
 
@@ -170,6 +171,24 @@ def plan(study: Study, chosen: dict, steps: int, seeds: list[int]) -> dict[str, 
     return parts | {"noise between": [final(name, seeds[0], **wrong(name, f)) for f in NOISE[1::2] for name in NOISY]}
 
 
+def packing(study: Study, rounds: int = 4) -> dict:
+    "Places and seconds of forward and backward pass on batches of 32 pairs, padded and packed; and how many tokens are prompts computed twice."
+    model, found = copy.deepcopy(study.sft), {}
+    pairs = study.pairs(study.n)
+    for name, room in {"padded": 0, "packed": model.config.max_seq_len}.items():
+        seconds, places, tokens = [], 0, 0
+        for i in range(rounds):
+            batch = preference_batch(pairs[32 * i:32 * i + 32], study.tokenizer.pad_id, room)
+            start = time.process_time()
+            preference_loss(model, batch)[0].backward()
+            seconds.append(time.process_time() - start)
+            places += batch["input_ids"].numel()
+            tokens += sum(len(e[f"{s}_ids"]) for e in pairs[32 * i:32 * i + 32] for s in ("chosen", "rejected"))
+        found[name] = {"used": tokens / places, "seconds": min(seconds)}
+    twice = sum(t == IGNORE for e in pairs for t in e["chosen_labels"])
+    return found | {"prompts_twice": twice / sum(len(e[f"{s}_ids"]) for e in pairs for s in ("chosen", "rejected"))}
+
+
 def about(folder: Path) -> dict:
     "On which model this was measured."
     config, read = json.loads((folder / "config.json").read_text()), lambda stage: json.loads((folder / stage / "metrics.json").read_text())
@@ -192,6 +211,10 @@ def main():
         if part == options.stop:
             break
     figures["online"] = [r for s in seeds[:2] if (r := online(study, chosen["dpo"]["lr"], chosen["dpo"]["beta"], 4, options.steps // 4, s))]
+    good = max(figures["parts"]["default"], key=lambda r: r["gold"], default=None)
+    if good:
+        figures["default_test"] = [study.measured({k: good[k] for k in ("kind", "name", "lr", "steps", "beta", "all")} | {"seed": s}, "test") for s in seeds[:1]]
+    figures["packing"] = packing(study)
     if options.save:
         save("preference", "preference methods on the same pairs and budget, on a model of the named run", rounded(figures))
 
