@@ -213,7 +213,8 @@ def main():
     figures["online"] = [r for s in seeds[:2] if (r := online(study, chosen["dpo"]["lr"], chosen["dpo"]["beta"], 4, options.steps // 4, s))]
     good = max(figures["parts"]["default"], key=lambda r: r["gold"], default=None)
     if good:
-        figures["default_test"] = [study.measured({k: good[k] for k in ("kind", "name", "lr", "steps", "beta", "all")} | {"seed": s}, "test") for s in seeds[:1]]
+        arm = {k: good[k] for k in ("kind", "name", "lr", "steps", "beta", "all", "seed")}
+        figures["default_test"] = [brief(r) for r in [study.measured(arm, "test")] if r]
     figures["packing"] = packing(study)
     if options.save:
         save("preference", "preference methods on the same pairs and budget, on a model of the named run", rounded(figures))
