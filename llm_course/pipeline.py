@@ -394,6 +394,8 @@ def prepare(run: Run, out: Path) -> dict:
     write_world(out / "raw", settings)
     tasks = make_tasks(make_village(seed, d["people"]), "test", d["tasks"], seed)
     funnel = make_corpus(run, out, [t["prompt"] for t in tasks])
+    if not (out / "val.jsonl").stat().st_size:
+        raise UserError("fewer than three documents are left of each source, so none can be held out to measure with; give more text with --data, or keep the source village")
     given = list(sorted_rows(work, "pairs"))
     pairs, votes = filter_pairs(given, d["min_agreement"])
     n = write_jsonl(out / "conversations.jsonl", sorted_rows(work, "conversations"))
