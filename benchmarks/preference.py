@@ -1,10 +1,11 @@
 """All preference methods on the same pairs and budget of one run: gold win rate against SFT, KL, length, accuracy; β sweep; wrong labels; online.
 
 Learning rate and β of each method are chosen on validation people with one seed; test people are asked once for each seed. Finished arms
-are kept in a folder beside the run (--cache), so that a stopped benchmark goes on where it was."""
+are kept in a folder beside the run (--cache), so that a stopped benchmark goes on where it was; --finished 1 takes only those."""
 import copy
 import hashlib
 import json
+import re
 import time
 from pathlib import Path
 
@@ -192,7 +193,8 @@ def packing(study: Study, rounds: int = 4) -> dict:
 def about(folder: Path) -> dict:
     "On which model this was measured."
     config, read = json.loads((folder / "config.json").read_text()), lambda stage: json.loads((folder / stage / "metrics.json").read_text())
-    return {"command": config["command"], "pretrain": {k: read("base")["pretrain"][k] for k in ("parameters", "tokens", "val_loss")}, "sft": {"val_loss": read("sft")["sft"]["val_loss"]}}
+    command = "llm_course " + re.sub(r"--out \S+", f"--out {folder}", config["command"].partition(" ")[2])
+    return {"command": command, "pretrain": {k: read("base")["pretrain"][k] for k in ("parameters", "tokens", "val_loss")}, "sft": {"val_loss": read("sft")["sft"]["val_loss"]}}
 
 
 def main():
