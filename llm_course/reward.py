@@ -121,7 +121,7 @@ def reward_batch(examples: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
     batch = pair_batch(examples, pad_id)
     return batch | ({"margin": torch.tensor([e["margin"] for e in examples])} if "margin" in examples[0] else {})
 
-# %% ../nbs/07_reward_model.ipynb #528d5c79
+# %% ../nbs/07_reward_model.ipynb #d7b8da76
 def reward_loss(model: RewardModel, batch: dict[str, Tensor], centering: float = 0.01) -> tuple[Tensor, int, dict]:
     """Sum of the Bradley–Terry losses of a pair batch, number of pairs, metrics; for the trainer.
 
@@ -145,7 +145,7 @@ def train_reward(model: RewardModel, examples: Sequence[dict], config: TrainConf
     trainer.fit()
     return trainer
 
-# %% ../nbs/07_reward_model.ipynb #8135b1f5
+# %% ../nbs/07_reward_model.ipynb #da51587b
 @torch.no_grad()
 def rewards_of(model: RewardModel, sequences: Sequence[list[int]], pad_id: int, batch_size: int = 64) -> list[float]:
     "Rewards of token sequences, in their order; dropout is off."
@@ -209,7 +209,7 @@ def length_slope(rewards: Tensor, lengths: Tensor, gold: Tensor) -> float:
     a, b = torch.linalg.lstsq(x, (rewards[:, 0] - rewards[:, 1]).double()[:, None]).solution[:, 0].tolist()
     return b / a
 
-# %% ../nbs/07_reward_model.ipynb #cdd0cda2
+# %% ../nbs/07_reward_model.ipynb #f0927404
 @torch.no_grad()
 def continuation_logps(model: Transformer, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int, batch_size: int = 64) -> list[float]:
     "Summed log-probability of each answer (token ids) after its prompt under a language model, in nats; both together must fit into its context."
@@ -227,7 +227,7 @@ def continuation_logps(model: Transformer, prompts: Sequence[list[int]], answers
             out[i] = x
     return out
 
-# %% ../nbs/07_reward_model.ipynb #e69823c8
+# %% ../nbs/07_reward_model.ipynb #a2dbc660
 def pair_logps(model: Transformer, pairs: Sequence[dict], tokenizer: Tokenizer) -> Tensor:
     "Summed log-probabilities `[N, 2]` of the chosen and the rejected answer of each pair under a language model."
     prompts, answers = [], []
