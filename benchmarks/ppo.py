@@ -99,7 +99,7 @@ def one_arm(m: Material, change: dict, seed: int, judge: str) -> dict:
     s["ppo"]["lr"] = c["lr"]
     settings = PPOConfig(**{k: v for k, v in c.items() if k in PPOConfig.__dataclass_fields__})
     config = train_config(s, "ppo", c["updates"] * max(1, c["rollouts"] * c["epochs"] // c["batch_size"]))
-    curve, policy = GoldCurve(m, max(4, config.steps // 15)), copy.deepcopy(m.sft)
+    curve, policy = GoldCurve(m, max(4, config.steps // 6)), copy.deepcopy(m.sft)
     _, rollouts = train_ppo(policy, copy.deepcopy(m.reward_model), m.prompts, m.tokenizer, config, settings, None, [curve], m.judge(judge))
     keys = ("step", "score", "kl", "length", "ended", "entropy", "explained_variance", "kl_coef", "seconds/rollout")
     thin = rollouts.stats[::max(1, len(rollouts.stats) // 30)]

@@ -197,7 +197,7 @@ def _each_a_share(write: Callable, prompts: Sequence[list[int]], seed: int) -> l
     return [parts[i % n][i // n] for i in range(len(prompts))]
 
 # %% ../nbs/07a_ppo.ipynb #al000001
-def answer_rows(prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int, device=None, after: bool = False) -> dict[str, Tensor]:
+def answer_rows(prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int, device: torch.device | None = None, after: bool = False) -> dict[str, Tensor]:
     """Prompts with their answers as `ids`, `targets` and `mask` `[B, T]`: place t has read `ids` up to t and is to say `targets` at t; `mask` is 1 where
     that is a token of the answer. With `after` each row has one more place, where the whole answer has been read."""
     rows = [p + a for p, a in zip(prompts, answers)]
