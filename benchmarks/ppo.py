@@ -24,9 +24,9 @@ from llm_course.world import grade, make_village, sample_tasks, vocabulary
 # name: settings of PPOConfig (and `updates`, `lr`), seed, judge
 ARMS = {**{f"default, seed {s}": ({}, s, "reward model") for s in range(3)},
         "β = 0": ({"kl_coef": 0.0}, 0, "reward model"), "β = 0.05": ({"kl_coef": 0.05}, 0, "reward model"), "β = 0.8": ({"kl_coef": 0.8}, 0, "reward model"),
-        "thanks, β = 0": ({"kl_coef": 0.0}, 0, "thanks"), "thanks, β = 0.2": ({"kl_coef": 0.2}, 0, "thanks"), "words, β = 0": ({"kl_coef": 0.0}, 0, "words"),
-        "no KL, long": ({"kl_coef": 0.0, "updates": 90}, 0, "reward model"),
-        "updates 60, seed 0": ({"updates": 60}, 0, "reward model"), "updates 60, seed 1": ({"updates": 60}, 1, "reward model"), "updates 60, seed 2": ({"updates": 60}, 2, "reward model"),
+        "thanks, β = 0": ({"kl_coef": 0.0, "updates": 20}, 0, "thanks"), "thanks, β = 0.2": ({"kl_coef": 0.2, "updates": 20}, 0, "thanks"),
+        "words, β = 0": ({"kl_coef": 0.0, "updates": 20}, 0, "words"),
+        "no KL, long": ({"kl_coef": 0.0, "updates": 60}, 0, "reward model"),
         "adaptive": ({"kl_target": 1.5, "kl_horizon": 1000, "kl_coef": 0.05}, 0, "reward model"), "score after": ({"score_at": "after"}, 0, "reward model")}
 
 
@@ -142,5 +142,8 @@ if __name__ == "__main__":
         arms = {name: cached(cache, name, None) for name in chosen}
         frontier = [{k: a[k] for k in ("kl_coef", "seed", "kl", "gold", "win_rate", "length")} for n, a in arms.items()
                     if a["judge"] == "reward model" and a["change"].keys() <= {"kl_coef"}]
+        gold = material.sft_gold["test"]
+        greedy = gold_rewards(material.open_tasks["test"], ask_tasks(material.sft, material.tokenizer, material.open_tasks["test"], max_new_tokens=material.s["eval"]["max_new_tokens"]))
+        sft = {"gold": mean_interval(gold), "greedy_win_rate": win_rate(greedy, gold), "best_possible_win_rate": win_rate([2.0] * len(gold), gold)}
         save("ppo", "PPO on the village from one SFT and one reward model: seeds, KL coefficients, flawed rewards; gold reward and win rate over SFT on 400 open tasks about test people",
-             {"run": origin(Path(args.run)), "sft": {"gold": rounded(mean_interval(material.sft_gold["test"]))}, "frontier": frontier, "arms": arms}, ("torch", "tokenizers"))
+             {"run": origin(Path(args.run)), "sft": rounded(sft), "frontier": frontier, "arms": arms}, ("torch", "tokenizers"))
