@@ -271,11 +271,11 @@ def command(c: Conversation, line: str) -> str | None:
 
 # %% ../nbs/04c_chat.ipynb #0e863723
 def model_folder(path: str | Path, name: str | None = None) -> Path:
-    "The model folder to talk to: `path` itself, or in a run the model `name` (default: the last of base, sft, ppo, dpo). Raises UserError."
+    "The model folder to talk to: `path` itself, or in a run the model `name` (default: the last of base, sft, grpo, ppo, dpo). Raises UserError."
     path = Path(path)
     if (path / "config.json").exists() and any(path.glob("*.safetensors")) and not name:
         return path
-    there = [n for n in ("dpo", "ppo", "sft", "base") if (path / n / "model.safetensors").exists()]
+    there = [n for n in ("dpo", "ppo", "grpo", "sft", "base") if (path / n / "model.safetensors").exists()]
     if not there or (name and name not in there):
         what = f"no model {name!r}; there are {', '.join(there)}" if there else "no model"
         raise UserError(f"{path} holds {what}; make one with: llm_course run --out {path}")
@@ -285,7 +285,7 @@ def model_folder(path: str | Path, name: str | None = None) -> Path:
 def load_session(folder: str | Path, name: str | None = None, context: int | None = None) -> Session:
     "The session of a model folder, or of a run's model `name`, on the GPU where there is one. Raises UserError."
     path = model_folder(folder, name).resolve()
-    run = path.parent.name if (path.parent / "config.json").exists() and path.name in ("base", "sft", "ppo", "dpo") else ""
+    run = path.parent.name if (path.parent / "config.json").exists() and path.name in ("base", "sft", "grpo", "ppo", "dpo") else ""
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
     session = Session(model, Tokenizer.load(path), f"{run}-{path.name}" if run else path.name, context)
     session.stop_ids |= _end_ids(path / "generation_config.json")

@@ -56,7 +56,8 @@ def with_sources(settings: dict, data: Sequence[str] = (), datasets: Sequence[st
 # %% ../nbs/10a_cli.ipynb #1a6e7cdf
 HELP = {"run": "the whole chain, from raw documents to an aligned, evaluated chat model", "prepare": "read, clean, deduplicate, rank and mix the documents",
         "tokenizer": "train the tokenizer", "pretrain": "train the base model", "sft": "teach it to answer", "reward": "train the reward model",
-        "ppo": "reinforcement learning against the reward model", "dpo": "learn from preferences directly", "eval": "ask all models the held-out questions",
+        "ppo": "reinforcement learning against the reward model", "dpo": "learn from preferences directly",
+        "grpo": "reinforcement learning on questions whose answers can be checked (beside the chain)", "eval": "ask all models the held-out questions",
         "report": "write metrics.json and report.html of what is finished", "chat": "talk to a model in the terminal",
         "serve": "offer a model to other programs (OpenAI's API) and to the browser",
         "plan": "memory, time and cost of a pretraining run before it starts"}
@@ -135,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
         s = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name in ("chat", "serve"):
             s.add_argument("folder", help="folder of a run or of a model")
-            s.add_argument("--model", help="base, sft, ppo or dpo (default: the last that is there)")
+            s.add_argument("--model", help="base, sft, grpo, ppo or dpo (default: the last that is there)")
             s.add_argument("--context", type=int, metavar="N", help="use at most N tokens of the model's context")
             _chat_options(s) if name == "chat" else _serve_options(s)
         elif name == "report":
@@ -172,7 +173,7 @@ def _chain(args: argparse.Namespace) -> None:
     engine = Engine(args.engine, args.tasks, args.workers, args.partition, args.time, args.mem_gb, args.setup) if "engine" in args else Engine()
     run = pipeline.open_run(out, settings, args.update, args.quiet, args.plot)
     run.engine = engine
-    stages = ([s.strip() for s in args.stages.split(",")] if args.stages else (*pipeline.STAGES, "report")) if args.command == "run" else [args.command]
+    stages = ([s.strip() for s in args.stages.split(",")] if args.stages else (*pipeline.CHAIN, "report")) if args.command == "run" else [args.command]
     metrics = pipeline.run_stages(run, stages)
     if not args.quiet and pipeline.is_main() and "report" in stages:
         print("\n" + summary(metrics))

@@ -25,14 +25,14 @@ import numpy as np
 
 from .dedup import decontaminate, deduplicate, match_signatures, signatures, text_digest
 from .filtering import clean_documents
-from .formats import as_text, check_messages, convert, detect_row, ranked_pairs, to_messages, to_pair
+from .formats import as_text, check_messages, convert, detect_row, ranked_pairs, to_kto, to_messages, to_pair
 from .reading import DataError, UserError, data_files, read_rows, write_json, write_jsonl
 from .mixing import mix
 from .quality import KneserNey, filter_by_perplexity
 
 # %% ../nbs/02d_corpus.ipynb #171a6c01
 OWN = ("village", "docs", "code")     # sources that the course writes itself; their documents bring an id along
-KINDS = ("documents", "conversations", "pairs", "dropped")
+KINDS = ("documents", "conversations", "pairs", "unpaired", "dropped")
 _VILLAGE = ("where", "truth", "clean", "copy_of")
 
 
@@ -50,9 +50,14 @@ def _sorted(row: dict, source: str, fallback: str) -> Iterator[tuple[str, dict]]
             if pair["chosen"] == pair["rejected"]:
                 raise DataError("chosen and rejected are the same")
             yield "pairs", pair | {k: as_text(pair[k]) for k in ("prompt", "chosen", "rejected")}
-    elif kind.name == "kto" and not row["label"]:
-        raise DataError("an answer labelled as bad is no example to imitate")
     else:
+        if kind.name == "kto":
+            labelled = to_kto(row)
+            if problem := check_messages(labelled["prompt"] + labelled["completion"]):
+                raise DataError(problem)
+            yield "unpaired", {k: as_text(labelled[k]) for k in ("prompt", "completion")} | {"label": labelled["label"]}
+            if not row["label"]:
+                return                       # no example to imitate
         for messages in [m["messages"] for m in convert([row], fmt=kind.name)] if kind.name == "self_instruct" else [to_messages(row, kind.name)]:
             if problem := check_messages(messages):
                 raise DataError(problem)
@@ -63,7 +68,7 @@ def sort_rows(rows: Iterable[tuple[str, dict]], source: str, part: int = 0) -> I
     """Rows `(where, row)` as `(kind, row)`, the kind one of `KINDS`; a dropped row is `{"where", "reason"}`.
 
     Documents get `text`, `source` and an `id` made of source, `part` (the number of the file) and their number in it; a ranked list gives
-    several pairs. Raises DataError, with the place, for a row of no known form."""
+    several pairs; an answer with a good label is an example to imitate as well. Raises DataError, with the place, for a row of no known form."""
     n = 0
     for where, row in rows:
         try:

@@ -56,12 +56,12 @@ def table_rows(m: dict) -> list[tuple[str, str, str]]:
     for difference, x in (get("reward", "pair_accuracy_by_difference") or {}).items():
         add("reward", f"… of pairs that differ in {difference}", x)
     add("no model", "pairs: the longer answer", get("reward", "longest_answer_baseline"))
-    for model in ("ppo", "dpo"):
+    for model in ("ppo", "dpo", "grpo"):
         add(model, "win rate against SFT (gold reward)", get(model, "win_rate_vs_sft"))
         add(model, "KL from SFT, nats an answer", get(model, "kl"))
     for stage, x in (get("seconds") or {}).items():
         add(stage, "seconds", x)
-    order = ["prepare", "tokenizer", "pretrain", "no model", "base", "sft", "reward", "ppo", "dpo", "eval", "total"]
+    order = ["prepare", "tokenizer", "pretrain", "no model", "base", "sft", "reward", "ppo", "dpo", "grpo", "eval", "total"]
     return sorted(rows, key=lambda r: order.index(r[0]) if r[0] in order else len(order))
 
 
@@ -163,10 +163,10 @@ def pairs_figure(run: _Run, title: str, keys: tuple[str, str]):
     return figure
 
 
-def ppo_figure(run: _Run):
-    "Score and KL of the rollouts of a run (folder, records or `RunLog`), and the one against the other."
+def ppo_figure(run: _Run, judge: str = "reward model's score"):
+    "Score and KL of the rollouts of a run (folder, records or `RunLog`), and the one against the other; `judge` says what the score is."
     log = as_log(run)
-    figure, (left, right) = new_axes("Score of the rollouts", "optimizer step", "reward model's score", 2)
+    figure, (left, right) = new_axes("Score of the rollouts", "optimizer step", judge, 2)
     left.plot(*log["score"], color=COLOURS[0])
     right.plot(log["kl"][1], log["score"][1], marker="o", ms=3, color=COLOURS[1])
     right.set_title("What the score costs", color=GREY)
@@ -193,7 +193,7 @@ def _read(path: Path) -> dict | list | None:
 
 def answers_table(folder: Path, per_kind: int = 2) -> str:
     "The same held-out prompts answered by each model; right answers in green, wrong ones in red."
-    answers = {m: a["greedy"] for m in ("base", "sft", "ppo", "dpo") if (a := _read(folder / "eval" / f"{m}.json"))}
+    answers = {m: a["greedy"] for m in ("base", "sft", "ppo", "dpo", "grpo") if (a := _read(folder / "eval" / f"{m}.json"))}
     if not answers:
         return ""
     first, seen, rows, classes = next(iter(answers.values())), {}, [], {}
@@ -221,8 +221,9 @@ def _figures(folder: Path) -> str:
     for stage, title, keys in (("reward", "Reward model", ("loss", "rewards/accuracies")), ("dpo", "DPO", ("rewards/margins", "logps/chosen"))):
         if log := _log(folder / stage):
             parts += [f"<h2>{title}</h2>", svg(pairs_figure(log, title, keys), f"{title}: {keys[0]} and {keys[1]} over the steps")]
-    if log := _log(folder / "ppo"):
-        parts += ["<h2>PPO</h2>", svg(ppo_figure(log), "PPO: the reward model's score over the steps, and against the distance from the SFT model")]
+    for stage, title, judge in (("ppo", "PPO", "the reward model's score"), ("grpo", "GRPO", "share of right answers")):
+        if log := _log(folder / stage):
+            parts += [f"<h2>{title}</h2>", svg(ppo_figure(log, judge), f"{title}: {judge} over the steps, and against the distance from the SFT model")]
     return "".join(parts)
 
 

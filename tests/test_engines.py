@@ -12,7 +12,7 @@ from commands import ENV, llm_course
 from llm_course.engines import Engine, run_tasks
 
 SMALL = ["--size", "smoke", "--set", "data.village_bytes=400000", "data.docs_bytes=60000", "data.code_bytes=60000"]
-FILES = ("train.jsonl", "val.jsonl", "conversations.jsonl", "pairs.jsonl", "tasks.jsonl", "funnel.json")
+FILES = ("train.jsonl", "val.jsonl", "conversations.jsonl", "pairs.jsonl", "unpaired.jsonl", "tasks.jsonl", "funnel.json")
 
 
 def digest(corpus: Path) -> str:

@@ -18,7 +18,7 @@ from commands import ENV, llm_course, start
 from conftest import SMOKE, metrics_of
 from llm_course.reading import read_rows
 from llm_course.hub import load_model
-from llm_course.pipeline import SIZES, STAGES
+from llm_course.pipeline import CHAIN, SIZES, STAGES
 from llm_course.reward import RewardModel
 from llm_course.tokenizer import Tokenizer
 from llm_course.world import fill, make_village, vocabulary
@@ -67,7 +67,7 @@ def test_injected_mess_is_found(smoke):
 
 def test_folders_are_whole(smoke):
     names = {p.name for p in smoke.iterdir()}
-    assert names == {"config.json", "metrics.json", "report.html", *(folder for folder, _ in STAGES.values())}
+    assert names == {"config.json", "metrics.json", "report.html", *(STAGES[s][0] for s in CHAIN)}
     assert not list(smoke.rglob("*.partial")) and not list(smoke.rglob("checkpoints"))
     for model in ("base", "sft", "ppo", "dpo"):
         assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "log.jsonl"} <= {p.name for p in (smoke / model).iterdir()}
@@ -115,7 +115,7 @@ def test_tokenizer_loads_in_transformers(smoke):
 def test_second_run_does_nothing(smoke):
     before = {p: p.stat().st_mtime_ns for p in smoke.rglob("*.safetensors")}
     done = llm_course("run", *SMOKE, "--out", smoke)
-    assert done.returncode == 0 and done.stdout.count("done already") == len(STAGES)
+    assert done.returncode == 0 and done.stdout.count("done already") == len(CHAIN)
     assert before == {p: p.stat().st_mtime_ns for p in smoke.rglob("*.safetensors")}
 
 
@@ -249,3 +249,19 @@ def test_help_is_quick():
     torch_takes, empty = least("-c", "import torch"), least("-c", "pass")
     assert least("-c", "import llm_course") - empty < 0.1 * torch_takes
     assert least("-m", "llm_course.cli", "--help") - empty < 0.35 * torch_takes
+
+
+def test_grpo_stands_beside_the_chain(smoke, tmp_path):
+    "It runs when asked for; then the evaluation counts its model among the others, and nothing else is done again."
+    shutil.copytree(smoke, tmp_path / "run")
+    done = llm_course("grpo", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert {"config.json", "model.safetensors", "log.jsonl", "metrics.json"} <= {p.name for p in (tmp_path / "run" / "grpo").iterdir()}
+    logged = [json.loads(line) for line in (tmp_path / "run" / "grpo" / "log.jsonl").read_text().splitlines()]
+    assert any("frac_reward_zero_std" in r for r in logged)
+    again = llm_course("run", "--out", tmp_path / "run")
+    assert again.returncode == 0 and re.findall(r"(\w+): started", again.stdout) == ["eval"], again.stderr
+    assert set(metrics_of(tmp_path / "run")["gold_reward"]) == {"base", "sft", "ppo", "dpo", "grpo"}
+    assert weights(smoke) == weights(tmp_path / "run")
+    left_out = llm_course("grpo", "--size", "smoke", "--set", "data.replace=true", "--out", tmp_path / "run", "--update")
+    assert left_out.returncode == 2 and "needs prepare" in left_out.stderr
