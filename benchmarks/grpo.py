@@ -1,13 +1,13 @@
-"""Rewards that can be verified: GRPO, its kin and PPO on counting and form tasks of the world, by exact match, with the same number of answers.
+"""Rewards that can be verified: GRPO, its kin and PPO on recall and form tasks of the world, by exact match, with the same number of answers.
 
-Every arm starts from the SFT model of a run and writes answers to training tasks; accuracy is measured on tasks held out for tests (other texts, other people), greedy and
+Every arm starts from the SFT model of a run and writes answers to training tasks; accuracy is measured on tasks held out for tests (about other people), greedy and
 at temperature 1. The learning rate of each method is chosen on validation tasks with a seed of its own (`choose`)."""
 import copy
 import time
 from pathlib import Path
 
 import torch
-from ppo import cached, origin, rounded
+from ppo import cached, file_of, origin, rounded
 
 from llm_course.evaluate import accuracy_by_kind, ask_tasks, rate, sequence_kl
 from llm_course.generate import Sampling
@@ -21,7 +21,7 @@ from llm_course.tokenizer import Tokenizer
 from llm_course.trainer import Callback, seed_all
 from llm_course.world import grade, make_tasks, make_village
 
-KINDS, NEW = ("counting", "form"), 24
+KINDS, NEW = ("recall", "form"), 24
 
 
 class Material:
@@ -78,26 +78,34 @@ def one_arm(m: Material, method: str, lr: float, seed: int, updates: int, split:
 
 if __name__ == "__main__":
     from record import arguments, save
-    args = arguments(__doc__, run="runs/laptop", cache="runs/grpo-cache", updates=25, seeds=3, methods="grpo,ppo", rates="1e-4,3e-4", more="rloo,dr_grpo,reinforce++")
+    args = arguments(__doc__, run="runs/laptop", cache="runs/grpo-cache", updates=25, seeds=3, methods="grpo,ppo", rates="3e-4,1e-3", more="rloo,dr_grpo,reinforce++", new=1000)
     torch.set_num_threads(1)
     cache, rates = Path(args.cache), [float(r) for r in args.rates.split(",")]
     cache.mkdir(parents=True, exist_ok=True)
     m = Material(Path(args.run))
-    before = cached(cache, "sft", lambda: {split: m.accuracy(m.sft, split) for split in ("val", "test")})
+
+    def once(name: str, work) -> dict:
+        "One arm from the cache, or measured now: at most `--new` of them, then the program ends."
+        args.new -= not file_of(cache, name).exists()
+        if args.new < 0:
+            raise SystemExit("more arms are left")
+        return cached(cache, name, work)
+
+    before = once("sft", lambda: {split: m.accuracy(m.sft, split) for split in ("val", "test")})
     show = lambda r: {f"{how} {k}": v["value"] for how in ("greedy", "sampled") for k, v in r[how].items()}
     print("sft", show(before["test"]), flush=True)
     chosen, arms = {}, []
     for method in args.methods.split(","):
-        tried = {lr: cached(cache, f"choose {method} {lr:g}", lambda: one_arm(m, method, lr, 100, args.updates, "val")) for lr in rates}
+        tried = {lr: once(f"choose {method} {lr:g}", lambda: one_arm(m, method, lr, 100, args.updates, "val")) for lr in rates}
         chosen[method] = max(tried, key=lambda lr: tried[lr]["accuracy"]["sampled"]["both"]["value"])
         print(method, {lr: show(r["accuracy"]) for lr, r in tried.items()}, flush=True)
     for method in (args.methods + "," * bool(args.more) + args.more).split(","):
         lr = chosen.get(method, chosen["grpo"])      # the others take what was chosen for GRPO, and one seed
         for seed in range(args.seeds if method in chosen else 1):
-            r = cached(cache, f"{method} {lr:g} seed {seed}", lambda: one_arm(m, method, lr, seed, args.updates))
+            r = once(f"{method} {lr:g} seed {seed}", lambda: one_arm(m, method, lr, seed, args.updates))
             print(method, lr, seed, show(r["accuracy"]), "kl", r["kl"]["value"], r["seconds"], flush=True)
             arms.append(r)
     if args.save:
         tried = {method: {f"{lr:g}": cached(cache, f"choose {method} {lr:g}", None)["accuracy"]["sampled"]["both"]["value"] for lr in rates} for method in chosen}
-        save("grpo", "Exact-match accuracy on counting and form tasks of the village after training with a verified reward: GRPO, its kin and PPO with the same number of answers",
+        save("grpo", "Exact-match accuracy on recall and form tasks of the village after training with a verified reward: GRPO, its kin and PPO with the same number of answers",
              {"run": origin(Path(args.run)), "kinds": KINDS, "tasks": {k: len(v) for k, v in m.tasks.items()}, "sft": before, "chosen_on_val": tried, "arms": rounded(arms)}, ("torch", "tokenizers"))

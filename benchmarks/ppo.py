@@ -109,9 +109,14 @@ def one_arm(m: Material, change: dict, seed: int, judge: str) -> dict:
             "seconds": time.perf_counter() - start, "seconds_rollout": sum(r["seconds/rollout"] for r in rollouts.stats) / len(rollouts.stats), "seconds_update": sum(took) / len(took)}
 
 
+def file_of(folder: Path, name: str) -> Path:
+    "Where the result of an arm is kept."
+    return folder / f"{''.join(c if c.isalnum() else '_' for c in name)}.json"
+
+
 def cached(folder: Path, name: str, work) -> dict:
     "The result of `work()`, kept in a file: a stop loses one arm at most."
-    path = folder / f"{''.join(c if c.isalnum() else '_' for c in name)}.json"
+    path = file_of(folder, name)
     if not path.exists():
         write_json(path, rounded(work()))
     return json.loads(path.read_text(encoding="utf-8"))
