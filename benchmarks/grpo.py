@@ -78,7 +78,7 @@ def one_arm(m: Material, method: str, lr: float, seed: int, updates: int, split:
 
 if __name__ == "__main__":
     from record import arguments, save
-    args = arguments(__doc__, run="runs/laptop", cache="runs/grpo-cache", updates=25, seeds=3, methods="grpo,ppo", rates="3e-4,1e-3", more="rloo,dr_grpo,reinforce++", new=1000)
+    args = arguments(__doc__, run="runs/laptop", cache="runs/grpo-cache", updates=25, seeds=3, methods="grpo,ppo", rates="1e-4,3e-4", more="rloo,dr_grpo,reinforce++", new=1000)
     torch.set_num_threads(1)
     cache, rates = Path(args.cache), [float(r) for r in args.rates.split(",")]
     cache.mkdir(parents=True, exist_ok=True)

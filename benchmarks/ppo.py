@@ -21,19 +21,20 @@ from llm_course.tokenizer import Tokenizer
 from llm_course.trainer import Callback
 from llm_course.world import grade, make_village, sample_tasks, vocabulary
 
-# name: settings of PPOConfig (and `updates`, `lr`), seed, judge
-ARMS = {**{f"default, seed {s}": ({}, s, "reward model") for s in range(3)},
-        "β = 0": ({"kl_coef": 0.0}, 0, "reward model"), "β = 0.05": ({"kl_coef": 0.05}, 0, "reward model"), "β = 0.8": ({"kl_coef": 0.8}, 0, "reward model"),
-        "thanks, β = 0": ({"kl_coef": 0.0, "updates": 20}, 0, "thanks"), "thanks, β = 0.2": ({"kl_coef": 0.2, "updates": 20}, 0, "thanks"),
-        "words, β = 0": ({"kl_coef": 0.0, "updates": 20}, 0, "words"),
-        "no KL, long": ({"kl_coef": 0.0, "updates": 60}, 0, "reward model"),
-        "adaptive": ({"kl_target": 1.5, "kl_horizon": 1000, "kl_coef": 0.05}, 0, "reward model"), "score after": ({"score_at": "after"}, 0, "reward model")}
+# name: settings of PPOConfig (and `updates`, `lr`), seed, judge. Most take ten rounds of answers: the curve of the first shows that little happens after.
+SHORT = {"updates": 10}
+ARMS = {**{f"β = 0.2, seed {s}": (SHORT, s, "reward model") for s in range(3)},
+        **{f"{judge}, β = 0": (SHORT | {"kl_coef": 0.0, "lr": 3e-4}, 0, judge) for judge in ("thanks", "words")},
+        **{f"β = {b:g}": (SHORT | {"kl_coef": b}, 0, "reward model") for b in (0.0, 0.8, 0.05)},
+        **{f"30 rounds, seed {s}": ({}, s, "reward model") for s in range(3)},
+        "30 rounds, β = 0, lr 3e-4": ({"kl_coef": 0.0, "lr": 3e-4}, 0, "reward model"), "thanks, β = 0.2": (SHORT | {"lr": 3e-4}, 0, "thanks"),
+        "adaptive": (SHORT | {"kl_target": 1.0, "kl_horizon": 640, "kl_coef": 0.05}, 0, "reward model"), "score after": (SHORT | {"score_at": "after"}, 0, "reward model")}
 
 
 class Material:
     "What all arms share: the run's models, prompts and tasks."
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, cache: Path):
         self.run = open_run(folder)
         s = self.s = self.run.settings
         self.tokenizer, self.sft = Tokenizer.load(folder / "tokenizer"), load_model(folder / "sft")
@@ -44,7 +45,7 @@ class Material:
         prompts = (self.tokenizer.chat(p["prompt"], add_generation_prompt=True)[0] for _, p in read_rows(folder / "corpus" / "pairs.jsonl"))
         self.prompts = [p for p in prompts if len(p) <= room]
         self.open_tasks = {"val": sample_tasks(village, "val", 100, s["seed"] + 3), "test": sample_tasks(village, "test", s["eval"]["preference_tasks"], s["seed"] + 2)}
-        self.sft_gold = {split: gold_rewards(tasks, self.answers(self.sft, tasks)) for split, tasks in self.open_tasks.items()}
+        self.sft_gold = cached(cache, "sft gold", lambda: {split: gold_rewards(tasks, self.answers(self.sft, tasks)) for split, tasks in self.open_tasks.items()})
 
     def answers(self, model, tasks) -> list[str]:
         return ask_tasks(model, self.tokenizer, tasks, max_new_tokens=self.s["eval"]["max_new_tokens"], sampling=Sampling(1.0), seed=self.s["seed"])
@@ -131,22 +132,26 @@ def origin(folder: Path) -> dict:
 
 if __name__ == "__main__":
     from record import arguments, save
-    args = arguments(__doc__, run="runs/laptop", arms="", cache="runs/ppo-cache")
+    args = arguments(__doc__, run="runs/laptop", arms="", cache="runs/ppo-cache", new=1000)
     torch.set_num_threads(1)
     chosen, cache, material = [a for a in args.arms.split(";") if a] or list(ARMS), Path(args.cache), None
     cache.mkdir(parents=True, exist_ok=True)
     for name in chosen:
+        args.new -= not file_of(cache, name).exists()
+        if args.new < 0:
+            break
+
         def work(name=name):
             global material
-            material = material or Material(Path(args.run))
+            material = material or Material(Path(args.run), cache)
             return one_arm(material, *ARMS[name])
         r = cached(cache, name, work)
         print(name, {k: r[k]["value"] if isinstance(r[k], dict) else r[k] for k in ("win_rate", "gold", "kl", "length", "polite_phrases", "seconds")}, "val", r["val"][-1], flush=True)
     if args.save:
-        material = material or Material(Path(args.run))
-        arms = {name: cached(cache, name, None) for name in chosen}
+        material = material or Material(Path(args.run), cache)
+        arms = {name: cached(cache, name, None) for name in chosen if file_of(cache, name).exists()}
         frontier = [{k: a[k] for k in ("kl_coef", "seed", "kl", "gold", "win_rate", "length")} for n, a in arms.items()
-                    if a["judge"] == "reward model" and a["change"].keys() <= {"kl_coef"}]
+                    if a["judge"] == "reward model" and a["change"].keys() <= {"kl_coef", "updates"} and a["updates"] == SHORT["updates"]]
         gold = material.sft_gold["test"]
         greedy = gold_rewards(material.open_tasks["test"], ask_tasks(material.sft, material.tokenizer, material.open_tasks["test"], max_new_tokens=material.s["eval"]["max_new_tokens"]))
         sft = {"gold": mean_interval(gold), "greedy_win_rate": win_rate(greedy, gold), "best_possible_win_rate": win_rate([2.0] * len(gold), gold)}
