@@ -161,13 +161,14 @@ def refine(docs: list[dict], tests: Sequence[str] = (), near_duplicate: float = 
 
 # %% ../nbs/02d_corpus.ipynb #603363c5
 def hold_out(docs: Sequence[dict], n: int, seed: int = 0) -> tuple[list[dict], list[dict]]:
-    "Documents for training and, of each source, `n` (at most a tenth) for validation, chosen by a hash of seed and id."
+    """Documents for training and, of each source, `n` for validation, chosen by a hash of seed and id: at most a tenth, but one where there are three
+    or more."""
     draw = lambda d: hashlib.sha256(f"{seed}-{d['source']}-{d['id']}".encode()).digest()
     held, by_source = set(), {}
     for d in docs:
         by_source.setdefault(d["source"], []).append(d)
     for mine in by_source.values():
-        held |= {id(d) for d in sorted(mine, key=draw)[:min(n, len(mine) // 10)]}
+        held |= {id(d) for d in sorted(mine, key=draw)[:min(n, max(len(mine) // 10, len(mine) > 2))]}
     return [d for d in docs if id(d) not in held], [d for d in docs if id(d) in held]
 
 # %% ../nbs/02d_corpus.ipynb #1d2a113e

@@ -41,15 +41,16 @@ from .model import ModelConfig, Transformer
 from .packing import TokenRows, pack_examples
 from .ppo import PPOConfig, train_ppo
 from .grpo import GRPOConfig, task_prompts, train_grpo, verified_scorer
-from .preference import add_reference, train_preference
+from .preference import method_of, train_preference, unpaired_examples
 from .pretrain import MaskedRows, SampleTexts, bits_per_byte, fill_blanks, masked_accuracy, pretrain, tokenize_corpus
 from .report import write_report
 from .reward import RewardModel, as_gold, pair_correctness, pair_examples, train_reward
 from .tasks import word_tables
+from .lora import add_lora, merge_lora, save_lora
+from .formats import pair_to_kto
 from .sft import sft, sft_examples, wake_special_tokens
 from .tokenizer import Tokenizer, bytes_per_token, train_tokenizer
 from .checkpoint import checkpoints, discard
-from .step import autocast_of
 from .curves import Progress, RunLog, TerminalPlot, live_plots, read_log
 from .trainer import Callback, TrainConfig, Trainer, make_accelerator, seed_all
 from .votes import filter_pairs
@@ -66,12 +67,13 @@ LAPTOP = {
     "model": {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 0, "max_seq_len": 128, "rope_theta": 10_000.0},
     "pretrain": {"tokens": 10_500_000, "batch_size": 16, "micro_batch": 0, "lr": 4e-3, "optimizer": "muon", "warmup": 0.02, "weight_decay": 0.1, "precision": "auto",
                  "objective": "clm", "mask_share": 0.15, "whole_words": False, "recompute": False, "compile": False},
-    "sft": {"epochs": 2.0, "batch_size": 8, "micro_batch": 0, "lr": 3e-4, "weight_decay": 0.01, "precision": "auto"},
-    "reward": {"epochs": 1.0, "batch_size": 32, "micro_batch": 0, "lr": 5e-4, "weight_decay": 0.01, "precision": "auto"},
+    "sft": {"epochs": 2.0, "batch_size": 8, "micro_batch": 0, "lr": 3e-4, "weight_decay": 0.01, "precision": "auto", "by": "token", "lora_rank": 0},
+    "reward": {"epochs": 1.0, "batch_size": 32, "micro_batch": 0, "lr": 5e-4, "weight_decay": 0.01, "precision": "auto", "centering": 0.01},
     "ppo": asdict(PPOConfig(rollouts=64, epochs=2, kl_coef=0.2)) | {"updates": 30, "batch_size": 32, "micro_batch": 0, "lr": 1e-4, "precision": "no"},
     "grpo": asdict(GRPOConfig()) | {"updates": 30, "batch_size": 64, "micro_batch": 0, "lr": 1e-4, "precision": "no",
                                     "questions": 400, "kinds": ["form", "reading", "string", "counting", "arithmetic"]},
-    "dpo": {"epochs": 0.5, "batch_size": 32, "micro_batch": 0, "lr": 1e-4, "beta": 0.3, "kind": "dpo", "precision": "auto"},
+    "dpo": {"epochs": 0.5, "batch_size": 32, "micro_batch": 0, "lr": 1e-4, "kind": "dpo", "beta": 0.3, "gamma": 0.5, "label_smoothing": 0.0,
+            "average": True, "precision": "auto"},
     "eval": {"max_new_tokens": 40, "preference_tasks": 400, "stories": 200},
 }
 
@@ -157,6 +159,11 @@ def _typed(raw: str, old: object, path: str) -> object:
         raise UserError(f"{path}={raw!r}: expected {'true or false' if isinstance(old, bool) else 'JSON' if isinstance(old, (dict, list)) else 'a number like ' + repr(old)}") from None
 
 # %% ../nbs/10_pipeline.ipynb #e6be46e8
+def _fields(config: type, section: dict):
+    "A stage's own settings as the dataclass of its chapter."
+    return config(**{f.name: section[f.name] for f in fields(config) if f.name in section})
+
+
 def resolve(size: str = "laptop", changes: Sequence[str] = ()) -> dict:
     "The settings of a size with `key=value` changes. Raises UserError for an unknown size or key, or a value of the wrong type."
     if size not in SIZES:
@@ -167,6 +174,9 @@ def resolve(size: str = "laptop", changes: Sequence[str] = ()) -> dict:
     ModelConfig(settings["tokenizer"]["vocab_size"], **settings["model"])   # numbers that cannot go together are told before anything starts
     for stage in TRAINING:
         train_config(settings, stage, 1)
+    method_of(settings["dpo"]["kind"]), _fields(PPOConfig, settings["ppo"]), _fields(GRPOConfig, settings["grpo"])
+    if settings["sft"]["by"] not in ("token", "example"):
+        raise UserError(f"sft.by={settings['sft']['by']!r} is unknown; choose token or example, over which the loss is averaged")
     if settings["pretrain"]["objective"] not in ("clm", "mlm"):
         raise UserError(f"pretrain.objective={settings['pretrain']['objective']!r} is unknown; choose clm (predict the next token) or mlm (fill blanks)")
     if not 0 < settings["pretrain"]["mask_share"] < 1:
@@ -384,6 +394,8 @@ def prepare(run: Run, out: Path) -> dict:
     write_world(out / "raw", settings)
     tasks = make_tasks(make_village(seed, d["people"]), "test", d["tasks"], seed)
     funnel = make_corpus(run, out, [t["prompt"] for t in tasks])
+    if not (out / "val.jsonl").stat().st_size:
+        raise UserError("fewer than three documents are left of each source, so none can be held out to measure with; give more text with --data, or keep the source village")
     given = list(sorted_rows(work, "pairs"))
     pairs, votes = filter_pairs(given, d["min_agreement"])
     n = write_jsonl(out / "conversations.jsonl", sorted_rows(work, "conversations"))
@@ -518,11 +530,6 @@ def _rows(path: Path, what: str, remedy: str) -> list[dict]:
     return [row for _, row in read_rows(path)]
 
 
-def _fields(config: type, section: dict):
-    "A stage's own settings as the dataclass of its chapter."
-    return config(**{f.name: section[f.name] for f in fields(config) if f.name in section})
-
-
 def _steps(n: int, c: dict) -> int:
     return max(1, round(n * c["epochs"] / c["batch_size"]))
 
@@ -546,9 +553,14 @@ def run_sft(run: Run, out: Path) -> dict:
     val = examples[:max(1, min(200, len(examples) // 20))]
     rows = len(pack_examples(examples[len(val):], model.config.max_seq_len, tokenizer.pad_id))
     config = train_config(s, "sft", _steps(rows, s["sft"]))
-    trainer = sft(model, examples[len(val):], config, tokenizer, out, val, max(1, config.steps // 4), _chat_callbacks(run, "sft", config, tokenizer))
+    if rank := s["sft"]["lora_rank"]:
+        add_lora(model, rank, alpha=2.0 * rank)
+    trainer = sft(model, examples[len(val):], config, tokenizer, out, val, max(1, config.steps // 4), _chat_callbacks(run, "sft", config, tokenizer), by=s["sft"]["by"])
     model = trainer.whole_model()
     if is_main():
+        if rank:
+            save_lora(model, out / "adapter")
+            merge_lora(model)
         save_model(model, out, tokenizer)
     return {"sft": report | {"val_loss": trainer.history[-1].get("val_loss"), "tokens": trainer.tokens}}
 
@@ -568,7 +580,7 @@ def run_reward(run: Run, out: Path) -> dict:
     seed_all(s["seed"], 7)
     model = RewardModel(body)
     config, watching = train_config(s, "reward", _steps(len(examples), s["reward"])), [Progress("reward", disable=run.quiet or None), *(live_plots() if run.plot else [])]
-    model = train_reward(model, examples, config, tokenizer, out, watching).whole_model()
+    model = train_reward(model, examples, config, tokenizer, out, watching, centering=s["reward"]["centering"]).whole_model()
     if not is_main():
         return {}
     model.save(out, tokenizer)
@@ -597,14 +609,27 @@ def run_ppo(run: Run, out: Path) -> dict:
     return {"ppo": {"updates": c["updates"], "prompts": len(prompts), "prompts_too_long": len(pairs) - len(prompts)}}
 
 # %% ../nbs/10_pipeline.ipynb #98311db9
+def _unpaired(run: Run, tokenizer: Tokenizer, max_len: int) -> tuple[list[dict], dict] | None:
+    "Single answers with labels, those of the pairs among them; None where the corpus has pairs only."
+    corpus = run.path("prepare")
+    single = [row for _, row in read_rows(corpus / "unpaired.jsonl")] if (corpus / "unpaired.jsonl").stat().st_size else []
+    if not single:
+        return None
+    pairs = [row for _, row in read_rows(corpus / "pairs.jsonl")] if (corpus / "pairs.jsonl").stat().st_size else []
+    examples, report = unpaired_examples(single + [row for pair in pairs for row in pair_to_kto(pair)], tokenizer, max_len)
+    if not examples:
+        raise UserError(f"no labelled answer fits into max_seq_len={max_len}; set a larger model.max_seq_len")
+    return examples, report
+
+
 def run_dpo(run: Run, out: Path) -> dict:
     "SFT model and pairs to a policy, by DPO or one of its family (`dpo.kind`)."
     s, c, tokenizer, policy = run.settings, run.settings["dpo"], Tokenizer.load(run.path("tokenizer")), load_model(run.path("sft")).to(_device())
-    examples, report = _pairs(run, tokenizer, policy.config.max_seq_len)
+    unpaired = _unpaired(run, tokenizer, policy.config.max_seq_len) if c["kind"] == "kto" else None
+    examples, report = unpaired or _pairs(run, tokenizer, policy.config.max_seq_len)
     config = train_config(s, "dpo", _steps(len(examples), c))
-    with autocast_of(config):     # the same arithmetic as in training: at the first step policy and reference must agree
-        examples = add_reference(policy, examples, tokenizer.pad_id)
-    policy = train_preference(policy, examples, config, tokenizer, out, _chat_callbacks(run, "dpo", config, tokenizer), kind=c["kind"], beta=c["beta"]).whole_model()
+    policy = train_preference(policy, examples, config, tokenizer, out, _chat_callbacks(run, "dpo", config, tokenizer), reference=policy, kind=c["kind"],
+                              beta=c["beta"] or None, **{k: c[k] for k in ("gamma", "label_smoothing", "average")}).whole_model()
     if is_main():
         save_model(policy, out, tokenizer)
     return {"dpo": report}

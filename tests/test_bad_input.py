@@ -159,3 +159,11 @@ def test_dropped_rows_are_counted(tmp_path):
     assert [w.split(":")[-1] for w, _ in dropped] == ["2", "3", "4", "5"]
     assert [r for _, r in dropped] == ["an empty text", "an empty assistant message", "chosen and rejected are the same", "unknown role 'ghost'. Known roles are human, user, gpt, assistant, chatgpt, bot, bing, model, system, tool, observation, function, function_call, function_response, developer"]
     assert "4 rows were dropped" in done.stdout
+
+
+def test_text_of_which_nothing_can_be_held_out(tmp_path):
+    text = ("The river runs past an old mill, and every child in town knows where its owner keeps bread for those who come late at night. In winter the water "
+            "freezes at the edges first. Nobody remembers who built the wall behind the garden, but two letters are cut into its highest stone.")
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    done = llm_course("prepare", "--size", "smoke", "--replace", "--data", tmp_path / "one.jsonl", "--out", tmp_path / "run")
+    assert done.returncode == 2 and "held out" in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "run" / "corpus").exists()
