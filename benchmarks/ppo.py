@@ -5,6 +5,7 @@ answers to open tasks about validation people show what the world's gold reward 
 `pipeline.run_eval`: 400 open tasks about test people, one sampled answer each, against the SFT model's answers to the same."""
 import copy
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -127,7 +128,9 @@ def origin(folder: Path) -> dict:
     "On which model it was measured."
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     base = json.loads((folder / "base" / "metrics.json").read_text(encoding="utf-8"))["pretrain"]
-    return {"command": config["command"], "pretrain_tokens": base["tokens"], "val_loss": round(base["val_loss"], 4), "ppo": config["settings"]["ppo"]}
+    words = shlex.split(config["command"])
+    where = words.index("--out") if "--out" in words else len(words)
+    return {"command": shlex.join(["llm_course", *(w for w in words[1:where] + words[where + 2:] if w != "--update")]), "pretrain_tokens": base["tokens"], "val_loss": round(base["val_loss"], 4), "ppo": config["settings"]["ppo"]}
 
 
 if __name__ == "__main__":
