@@ -36,6 +36,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
         self.kept: Tensor | None = None      # the base weight, while the update is added to it
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kept is not None:
