@@ -10,7 +10,7 @@ from record import arguments, save
 from reward import CACHE, Lab, about_run, by_majority, prefer_longer, remembered, sample, steps_for
 
 from llm_course.bestofn import answer_pool, best_of_n, best_of_n_kl, pool_logps, pool_rewards
-from llm_course.evaluate import ask_tasks, gold_rewards, mean_interval
+from llm_course.evaluate import ask_tasks, gold_rewards, mean_interval, paired_difference
 from llm_course.generate import Sampling
 from llm_course.reward import RewardModel, likelihood_weight, pair_examples, train_reward
 from llm_course.trainer import TrainConfig, seed_all
@@ -37,18 +37,30 @@ def judges(lab: Lab) -> dict:
             "1,000 pairs, length-biased": lambda: trained("long", prefer_longer(sample(lab.rows, 1000, 0), 0.5, 0))}
 
 
-def pools(lab: Lab, tasks: list[dict], n: int, max_new_tokens: int) -> dict:
-    "For each task n answers of the fine-tuned model: their gold rewards, lengths in words, log-probabilities, and rewards by each judge."
+def pools(lab: Lab, tasks: list[dict], n: int, max_new_tokens: int, number: int) -> dict:
+    "For each task n answers of the fine-tuned model: ids, gold rewards, lengths in words, log-probabilities."
     model, tok, prompts = lab.body().eval(), lab.tokenizer, [[{"role": "user", "content": t["prompt"]}] for t in tasks]
-    pool = answer_pool(model, tok, prompts, n, max_new_tokens, seed=lab.seed + 100)
+    pool = answer_pool(model, tok, prompts, n, max_new_tokens, seed=lab.seed + 100 + number)
     texts = [[tok.answer(a) for a in answers] for answers in pool]
     graded = [[grade(t, a) for a in answers] for t, answers in zip(tasks, texts)]
-    out = {"gold": [gold_rewards([t] * n, answers) for t, answers in zip(tasks, texts)], "words": [[len(a.split()) for a in answers] for answers in texts],
-           "right": [[float(g["contains"]) for g in row] for row in graded], "polite": [[float(g["polite"] > 0) for g in row] for row in graded],
-           "logps": pool_logps(model, tok, prompts, pool, max_new_tokens).tolist(), "distinct": [len(set(map(tuple, a))) for a in pool]}
-    for name, judge in judges(lab).items():
-        out[f"proxy: {name}"] = pool_rewards(judge(), tok, prompts, pool, max_new_tokens).tolist()
-    return out
+    return {"ids": pool, "gold": [gold_rewards([t] * n, answers) for t, answers in zip(tasks, texts)], "words": [[len(a.split()) for a in answers] for answers in texts],
+            "right": [[float(g["contains"]) for g in row] for row in graded], "polite": [[float(g["polite"] > 0) for g in row] for row in graded],
+            "logps": pool_logps(model, tok, prompts, pool, max_new_tokens).tolist(), "distinct": [len(set(map(tuple, a))) for a in pool]}
+
+
+def in_parts(lab: Lab, tasks: list[dict], n: int, max_new_tokens: int, size: int = 50) -> dict:
+    "The pools of all tasks, made and judged some tasks at a time."
+    made: dict = {}
+    for i in range(0, len(tasks), size):
+        part, key = tasks[i:i + size], f"{lab.run.name}-pool-{len(tasks)}-{n}-{i}"
+        found = remembered(key, lambda: pools(lab, part, n, max_new_tokens, i))
+        for j, (name, judge) in enumerate(judges(lab).items()):
+            prompts = [[{"role": "user", "content": t["prompt"]}] for t in part]
+            found |= remembered(f"{key}-judge{j}", lambda: {f"proxy: {name}": pool_rewards(judge(), lab.tokenizer, prompts, found["ids"], max_new_tokens).tolist()})
+        for k, v in found.items():
+            if isinstance(v, list):
+                made[k] = made.get(k, []) + v
+    return made
 
 
 def likelihood_share(lab: Lab) -> float:
@@ -78,7 +90,7 @@ def main() -> None:
     new = settings["eval"]["max_new_tokens"]
     tasks = sample_tasks(lab.village, "test", args.tasks, lab.seed + 2)
     sft = remembered(f"{lab.run.name}-sft-gold-{args.tasks}", lambda: {"gold": gold_rewards(tasks, ask_tasks(lab.body(), lab.tokenizer, tasks, max_new_tokens=new, sampling=Sampling(1.0), seed=lab.seed))})["gold"]
-    made = remembered(f"{lab.run.name}-pool-{args.tasks}-{args.pool}", lambda: pools(lab, tasks, args.pool, new))
+    made = in_parts(lab, tasks, args.pool, new)
     a = remembered(f"{lab.run.name}-likelihood-weight", lambda: {"weight": likelihood_share(lab)})["weight"]
     made["proxy: all pairs, and likelihood"] = (torch.tensor(made["proxy: all pairs"], dtype=torch.float64) + a * torch.tensor(made["logps"], dtype=torch.float64)).tolist()
     figures = {"likelihood_weight": a, "run": about_run(lab.run), "tasks": args.tasks, "pool": args.pool, "max_new_tokens": new, "sft": {"gold": mean_interval(sft)},
@@ -87,8 +99,12 @@ def main() -> None:
         rows = figures["frontiers"][key.removeprefix("proxy: ")] = frontier(made, torch.tensor(made[key], dtype=torch.float64), sft)
         for r in rows:
             print(key, {k: round(v["value"] if isinstance(v, dict) else v, 3) for k, v in r.items()}, flush=True)
+    gold, usual = (torch.tensor(made[k], dtype=torch.float64) for k in ("gold", "proxy: all pairs"))
+    for name, rows in figures["frontiers"].items():
+        proxy = torch.tensor(made[f"proxy: {name}"], dtype=torch.float64)
+        for r in rows:                        # on the same tasks, so the difference is known better than each of the two
+            r["gold_minus_all_pairs"] = paired_difference(best_of_n(proxy, gold, r["n"]).tolist(), best_of_n(usual, gold, r["n"]).tolist())
     figures["frontier"] = figures["frontiers"]["all pairs"]
-    gold = torch.tensor(made["gold"], dtype=torch.float64)
     figures["best_possible"] = [{"n": n, "gold": mean_interval(best_of_n(gold, gold, n).tolist())} for n in NS if n <= args.pool]
     if args.save:
         save("best_of_n", __doc__.replace("\n", " "), figures)

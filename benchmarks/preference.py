@@ -1,10 +1,11 @@
 """All preference methods on the same pairs and budget of one run: gold win rate against SFT, KL, length, accuracy; β sweep; wrong labels; online.
 
 Learning rate and β of each method are chosen on validation people with one seed; test people are asked once for each seed. Finished arms
-are kept in a folder beside the run (--cache), so that a stopped benchmark goes on where it was."""
+are kept in a folder beside the run (--cache), so that a stopped benchmark goes on where it was; --finished 1 takes only those."""
 import copy
 import hashlib
 import json
+import re
 import time
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from record import arguments, save
 from safetensors.torch import load_file, save_file
 
 from llm_course.hub import load_model
-from llm_course.preference import KINDS, add_mismatched, add_reference, train_preference
+from llm_course.preference import KINDS, add_mismatched, add_reference, preference_batch, preference_loss, train_preference
 from llm_course.preference_study import flip_labels, fresh_pairs, measure_policy
 from llm_course.reading import read_rows, write_json
 from llm_course.reward import pair_examples
 from llm_course.step import TrainConfig
+from llm_course.tasks import IGNORE
 from llm_course.tokenizer import Tokenizer
 from llm_course.world import gold_reward, make_village, sample_tasks
 
@@ -78,7 +80,7 @@ class Study:
         options = {k: arm[k] for k in ("beta", "gamma_ratio", "label_smoothing", "average", "alpha", "prompt_loss") if k in arm}
         config = TrainConfig(steps=arm["steps"], batch_size=BATCH, lr=arm["lr"], weight_decay=0.0, warmup=0.05, seed=arm["seed"], log_every=max(1, arm["steps"] // 20))
         trainer = train_preference(policy, pairs, config, self.tokenizer, kind=arm["kind"], **options)
-        curve = [{k: round(v, 5) for k, v in r.items() if k in ("step", "loss", "kl") or k.startswith("rewards")} for r in trainer.history]
+        curve = [{k: round(v, 5) for k, v in r.items() if k in ("step", "loss", "kl") or k.startswith(("logps", "rewards/m", "rewards/a"))} for r in trainer.history]
         write_json(self.path(arm, ".train.json"), {"arm": arm, "seconds": round(time.perf_counter() - start, 1), "curve": curve})
         save_file({k: v.contiguous() for k, v in policy.state_dict().items() if k != "lm_head.weight"}, path)
         return policy
@@ -170,10 +172,29 @@ def plan(study: Study, chosen: dict, steps: int, seeds: list[int]) -> dict[str, 
     return parts | {"noise between": [final(name, seeds[0], **wrong(name, f)) for f in NOISE[1::2] for name in NOISY]}
 
 
+def packing(study: Study, rounds: int = 4) -> dict:
+    "Places and seconds of forward and backward pass on batches of 32 pairs, padded and packed; and how many tokens are prompts computed twice."
+    model, found = copy.deepcopy(study.sft), {}
+    pairs = study.pairs(study.n)
+    for name, room in {"padded": 0, "packed": model.config.max_seq_len}.items():
+        seconds, places, tokens = [], 0, 0
+        for i in range(rounds):
+            batch = preference_batch(pairs[32 * i:32 * i + 32], study.tokenizer.pad_id, room)
+            start = time.process_time()
+            preference_loss(model, batch)[0].backward()
+            seconds.append(time.process_time() - start)
+            places += batch["input_ids"].numel()
+            tokens += sum(len(e[f"{s}_ids"]) for e in pairs[32 * i:32 * i + 32] for s in ("chosen", "rejected"))
+        found[name] = {"used": tokens / places, "seconds": min(seconds)}
+    twice = sum(t == IGNORE for e in pairs for t in e["chosen_labels"])
+    return found | {"prompts_twice": twice / sum(len(e[f"{s}_ids"]) for e in pairs for s in ("chosen", "rejected"))}
+
+
 def about(folder: Path) -> dict:
     "On which model this was measured."
     config, read = json.loads((folder / "config.json").read_text()), lambda stage: json.loads((folder / stage / "metrics.json").read_text())
-    return {"command": config["command"], "pretrain": {k: read("base")["pretrain"][k] for k in ("parameters", "tokens", "val_loss")}, "sft": {"val_loss": read("sft")["sft"]["val_loss"]}}
+    command = "llm_course " + re.sub(r"--out \S+", f"--out {folder}", config["command"].partition(" ")[2])
+    return {"command": command, "pretrain": {k: read("base")["pretrain"][k] for k in ("parameters", "tokens", "val_loss")}, "sft": {"val_loss": read("sft")["sft"]["val_loss"]}}
 
 
 def main():
@@ -192,6 +213,11 @@ def main():
         if part == options.stop:
             break
     figures["online"] = [r for s in seeds[:2] if (r := online(study, chosen["dpo"]["lr"], chosen["dpo"]["beta"], 4, options.steps // 4, s))]
+    good = max(figures["parts"]["default"], key=lambda r: r["gold"], default=None)
+    if good:
+        arm = {k: good[k] for k in ("kind", "name", "lr", "steps", "beta", "all", "seed")}
+        figures["default_test"] = [brief(r) for r in [study.measured(arm, "test")] if r]
+    figures["packing"] = packing(study)
     if options.save:
         save("preference", "preference methods on the same pairs and budget, on a model of the named run", rounded(figures))
 

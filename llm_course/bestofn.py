@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['subset_weights', 'best_of_n', 'best_of_n_kl', 'answer_pool', 'pool_rewards', 'pool_logps']
 
-# %% ../nbs/07_best_of_n.ipynb #9057aba8
+# %% ../nbs/07_best_of_n.ipynb #fd43c710
 import math
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from .reading import UserError
 from .generate import Sampling, generate
 from .model import Transformer
-from .reward import RewardModel, rewards_of
+from .reward import RewardModel, continuation_logps, rewards_of
 from .tokenizer import Tokenizer
 
-# %% ../nbs/07_best_of_n.ipynb #97f142bf
+# %% ../nbs/07_best_of_n.ipynb #fbbe399a
 def subset_weights(N: int, n: int) -> Tensor:
     "The probability `[N]` that the answer at each place, worst first, is the best of `n` drawn from `N` without putting back. Raises UserError unless 1 ≤ n ≤ N."
     if not 1 <= n <= N:
@@ -41,7 +41,7 @@ def best_of_n(proxy: Tensor, values: Tensor, n: int) -> Tensor:
         out.append((share * torch.zeros(len(level), dtype=torch.float64).index_add(0, group, v) / size).sum())
     return torch.stack(out)
 
-# %% ../nbs/07_best_of_n.ipynb #a333ddd7
+# %% ../nbs/07_best_of_n.ipynb #b045ec9e
 def best_of_n_kl(n: int, p: Tensor | float = 0.0) -> Tensor:
     """KL divergence in nats of best-of-n from the model, as estimated from the probability `p` of the answers picked (Beirami et al., 2024).
 
@@ -51,7 +51,7 @@ def best_of_n_kl(n: int, p: Tensor | float = 0.0) -> Tensor:
     gain = torch.where(p > 1e-12, ((1 - missed) / p.clamp(min=1e-12)).log(), math.log(n))
     return missed * (math.log(n) + (n - 1) * torch.log1p(-p) - (n - 1) / n) + (1 - missed) * gain
 
-# %% ../nbs/07_best_of_n.ipynb #be2d630c
+# %% ../nbs/07_best_of_n.ipynb #ab61f8ce
 def answer_pool(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[dict]], n: int, max_new_tokens: int = 48, temperature: float = 1.0,
                 seed: int = 0, batch_size: int = 256) -> list[list[list[int]]]:
     """`n` sampled answers (token ids, with the end token where the answer ended) to each prompt, a list of messages.
@@ -83,22 +83,6 @@ def pool_rewards(model: RewardModel, tokenizer: Tokenizer, prompts: Sequence[lis
     return _each_once(asked, pool, lambda p, a: rewards_of(model, [x + y for x, y in zip(p, a)], tokenizer.pad_id))
 
 
-@torch.no_grad()
-def pool_logps(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[dict]], pool: Sequence[Sequence[list[int]]], max_new_tokens: int = 48,
-               batch_size: int = 64) -> Tensor:
+def pool_logps(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[dict]], pool: Sequence[Sequence[list[int]]], max_new_tokens: int = 48) -> Tensor:
     "Log-probabilities `[P, N]` of a pool's whole answers under a model, at temperature 1."
-    device = model.embed_tokens.weight.device
-    model.eval()
-
-    def judge(asked, answers):
-        out = []
-        for i in range(0, len(asked), batch_size):
-            part = list(zip(asked[i:i + batch_size], answers[i:i + batch_size]))
-            T = max(len(p) + len(a) for p, a in part)
-            ids = torch.tensor([p + a + [tokenizer.pad_id] * (T - len(p) - len(a)) for p, a in part], device=device)
-            keep = torch.tensor([[len(p) - 1 <= t < len(p) + len(a) - 1 for t in range(T)] for p, a in part], device=device)
-            logps = model(ids, keep=keep).float().log_softmax(-1).gather(-1, ids.roll(-1, 1)[keep][:, None])[:, 0]
-            out += torch.zeros(len(part), device=device).index_add(0, keep.nonzero()[:, 0], logps).tolist()
-        return out
-
-    return _each_once(_asked(model, tokenizer, prompts, max_new_tokens), pool, judge)
+    return _each_once(_asked(model, tokenizer, prompts, max_new_tokens), pool, lambda p, a: continuation_logps(model, p, a, tokenizer.pad_id))

@@ -31,7 +31,7 @@ from .tasks import IGNORE, pad_batch
 from .tokenizer import Tokenizer
 from .trainer import Callback, TrainConfig, Trainer, micro_batches, sample_index, sum_over_processes
 
-# %% ../nbs/08_dpo.ipynb #ef76ed52
+# %% ../nbs/08_dpo.ipynb #897a62d7
 def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """DPO (Rafailov et al., 2023) of each pair `[B]`, from the summed log-probabilities `[B]` of its answers under policy and reference.
 
@@ -39,7 +39,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     h = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
-# %% ../nbs/08_dpo.ipynb #d430e6e9
+# %% ../nbs/08_dpo.ipynb #cc954b80
 def robust_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
     """Robust DPO (Chowdhury et al., 2024) of each pair: over labels of which `label_smoothing` are wrong, its mean is DPO's on right ones.
 
@@ -70,7 +70,7 @@ def normed_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_reject
     "Length-normalised DPO (Lambert et al., 2024) of each pair: the log-ratios are per-token means, so β is larger."
     return -F.logsigmoid(beta * ((chosen - ref_chosen) / lengths[0] - (rejected - ref_rejected) / lengths[1]))
 
-# %% ../nbs/08_dpo.ipynb #9603b168
+# %% ../nbs/08_dpo.ipynb #bcf9e2e2
 def log1mexp(x: Tensor) -> Tensor:
     "log(1 - exp(x)) for x < 0 without loss of precision (Mächler, 2012)."
     x = x.clamp(max=-1e-6)
@@ -96,7 +96,7 @@ def simpo_loss(mean_chosen: Tensor, mean_rejected: Tensor, beta: float = 2.0, ga
     margin = gamma if gamma_ratio is None else gamma_ratio * beta
     return -F.logsigmoid(beta * (mean_chosen - mean_rejected) - margin)
 
-# %% ../nbs/08_dpo.ipynb #1b3e774b
+# %% ../nbs/08_dpo.ipynb #24a5f3f7
 def kto_loss(logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Tensor | float, beta: float = 0.1, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """KTO (Ethayarajh et al., 2024) of each answer `[N]`, from its summed log-probabilities; `desirable` `[N]` is true for good ones.
 
@@ -120,7 +120,7 @@ def kto_weights(desirable: int, undesirable: int, ratio: float = 1.0) -> tuple[f
     wanted = ratio * undesirable / desirable
     return (wanted, 1.0) if wanted > 1 else (1.0, 1 / wanted)
 
-# %% ../nbs/08_dpo.ipynb #59edad1e
+# %% ../nbs/08_dpo.ipynb #a9e78642
 @dataclass(frozen=True)
 class Method:
     "A row of the table of conventions: what a method takes, our β where none is given, and where TRL 1.12.0 has it."
@@ -153,7 +153,7 @@ def method_of(kind: str) -> Method:
         raise UserError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
     return METHODS[kind]
 
-# %% ../nbs/08_dpo.ipynb #7117e160
+# %% ../nbs/08_dpo.ipynb #8813c75a
 def pair_losses(kind: str, logps: tuple[Tensor, Tensor], ref_logps: tuple[Tensor, Tensor] | None, lengths: tuple[Tensor, Tensor], beta: float | None = None,
                 gamma: float = 0.5, gamma_ratio: float | None = None, label_smoothing: float = 0.0, average: bool = True) -> Tensor:
     """The loss `[B]` of each pair by any of `KINDS` but KTO, from the summed log-probabilities of chosen and rejected answers and their lengths.
@@ -184,7 +184,7 @@ def answer_logps(model, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     logps, rows = token_logps(model, {"input_ids": input_ids}, labels)
     return logps.new_zeros(len(labels)).index_add(0, rows, logps), (labels[:, 1:] != IGNORE).sum(1)
 
-# %% ../nbs/08_dpo.ipynb #a6f7068c
+# %% ../nbs/08_dpo.ipynb #c13d6065
 def _rows_of(examples: Sequence[dict]) -> tuple[list[dict], tuple[str, ...]]:
     "All answers of a batch as rows, chosen ones first, and the names of the sides."
     sides = ("chosen", "rejected") if "chosen_ids" in examples[0] else ("answer",)
@@ -201,7 +201,7 @@ def pack_answers(rows: Sequence[dict], room: int, pad_id: int) -> dict[str, Tens
         packed.append((ids + [pad_id] * fill, labels + [IGNORE] * fill, docs + [-1] * fill))
     return {k: torch.tensor([p[n] for p in packed]) for n, k in enumerate(("input_ids", "labels", "doc_ids"))}
 
-
+# %% ../nbs/08_dpo.ipynb #993e7b9d
 def preference_batch(examples: Sequence[dict], pad_id: int, room: int = 0) -> dict[str, Tensor]:
     """A batch of pairs, or of single answers (`answer_ids`, `answer_labels`, `desirable`): padded rows, or with `room` packed ones.
 
@@ -222,7 +222,7 @@ def batch_logps(model, batch: dict[str, Tensor], labels: Tensor | None = None) -
     logps, numbers = token_logps(model, batch, batch["labels"] if labels is None else labels)
     return logps.new_zeros(len(batch["counts"])).index_add(0, numbers, logps)
 
-# %% ../nbs/08_dpo.ipynb #63336d3a
+# %% ../nbs/08_dpo.ipynb #a7c10a34
 @torch.no_grad()
 def add_reference(model: Transformer, examples: Sequence[dict], pad_id: int, batch_size: int = 64) -> list[dict]:
     """Examples with the reference's log-probabilities of their answers (`ref_chosen` and `ref_rejected`, or `ref_answer`), computed once;
@@ -252,7 +252,7 @@ def _mismatched(example: dict) -> dict:
     "The mismatched answers of an example, under the names of its own; {} if it has none."
     return {k.replace("_kl", ""): v for k, v in example.items() if "_kl" in k}
 
-# %% ../nbs/08_dpo.ipynb #70568f6d
+# %% ../nbs/08_dpo.ipynb #73363a9c
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
     "Within: no unit of the model is dropped, in training mode either; afterwards it is as before."
@@ -271,7 +271,7 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
         for c, p in zip(configs, before[1]):
             c.dropout = p
 
-# %% ../nbs/08_dpo.ipynb #6590b18d
+# %% ../nbs/08_dpo.ipynb #8a38113e
 def unpaired_examples(rows: Sequence[dict], tokenizer: Tokenizer, max_len: int) -> tuple[list[dict], dict[str, int]]:
     """Examples (`answer_ids`, `answer_labels`, `desirable`) of KTO rows (`prompt`, `completion`, `label`), labels on the answers.
 
@@ -286,7 +286,7 @@ def unpaired_examples(rows: Sequence[dict], tokenizer: Tokenizer, max_len: int) 
     report["answers"] = len(examples)
     return examples, report
 
-# %% ../nbs/08_dpo.ipynb #4bccce53
+# %% ../nbs/08_dpo.ipynb #a9d71175
 def add_mismatched(examples: Sequence[dict], max_len: int, seed: int = 0) -> list[dict]:
     """Examples with the answers of another example to their own prompt, for KTO's estimate: `chosen_kl_ids`, `chosen_kl_labels` and so on.
 
@@ -308,7 +308,7 @@ def add_mismatched(examples: Sequence[dict], max_len: int, seed: int = 0) -> lis
             out[i] |= {f"{s}_kl_ids": ids, f"{s}_kl_labels": [IGNORE] * min(len(prompts[i]), max_len) + ids[len(prompts[i]):]}
     return out
 
-# %% ../nbs/08_dpo.ipynb #59fc7a13
+# %% ../nbs/08_dpo.ipynb #6453c71c
 class KTOEstimate(Callback):
     """Before each step, KTO's estimate `kl` over the whole batch of the step, and the `share` of its answers that are desirable.
 
@@ -348,7 +348,7 @@ def _kto_term(sums: Tensor, batch: dict[str, Tensor], beta: float, weights: tupl
         metrics["rewards/accuracies"] = 2 * (rewards[:n // 2] > rewards[n // 2:]).sum()
     return kto_loss(sums, ref, good, kl, beta, weights), metrics | {"kl": torch.as_tensor(float(kl) * n)}
 
-
+# %% ../nbs/08_dpo.ipynb #7d69ae72
 def _prompts_too(batch: dict[str, Tensor]) -> Tensor:
     "Labels in which the prompts of the chosen answers are to be predicted, too."
     if "doc_ids" in batch:
@@ -372,7 +372,7 @@ def sft_term(model, batch: dict[str, Tensor], prompts: bool = False) -> tuple[Te
     nll = -(total(logps) / total(torch.ones_like(logps)))
     return total(logps * answer), nll[:len(nll) // 2]
 
-
+# %% ../nbs/08_dpo.ipynb #d998fb7b
 def preference_loss(model, batch: dict[str, Tensor], kind: str = "dpo", beta: float | None = None, alpha: float | None = None, prompt_loss: bool = False,
                     weights: tuple[float, float] = (1.0, 1.0), estimate: KTOEstimate | None = None, **options) -> tuple[Tensor, int, dict]:
     """Loss sum of a `preference_batch`, the number of pairs (KTO: of answers), metrics named as in TRL; for the trainer.
@@ -395,7 +395,7 @@ def preference_loss(model, batch: dict[str, Tensor], kind: str = "dpo", beta: fl
                "rewards/accuracies": (gains[0] > gains[1]).sum(), "logps/chosen": w.sum(), "logps/rejected": l.sum(), "nll_loss": nll.sum()}
     return loss.sum(), len(w), {k: v.detach() for k, v in metrics.items()}
 
-# %% ../nbs/08_dpo.ipynb #86a7c89d
+# %% ../nbs/08_dpo.ipynb #b4379d78
 def _prepared(model: Transformer, examples: Sequence[dict], config: TrainConfig, pad_id: int, reference: Transformer | None, kind: str, kl: str) -> list[dict]:
     "Examples with all that the method takes: mismatched answers, the reference's log-probabilities. Raises UserError for what cannot be trained on."
     if not examples:
@@ -423,7 +423,7 @@ def _estimate_of(config: TrainConfig, kl: str, pad_id: int, room: int) -> KTOEst
     if config.micro_batch or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("kl='batch' is an estimate from the answers of one piece of the batch; with micro_batch or several processes choose kl='mismatched'")
 
-
+# %% ../nbs/08_dpo.ipynb #1bea2efe
 def train_preference(model: Transformer, examples: Sequence[dict], config: TrainConfig, tokenizer: Tokenizer, folder: str | Path | None = None,
                      callbacks: Sequence[Callback] = (), reference: Transformer | None = None, packed: bool = True, dropout: bool = False,
                      kl: str = "mismatched", weights: tuple[float, float] | None = None, **loss_options) -> Trainer:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log_ratios', 'measure_policy', 'fresh_pairs', 'flip_labels']
 
-# %% ../nbs/08a_preference_methods.ipynb #b113db5c
+# %% ../nbs/08a_preference_methods.ipynb #e07eb0c0
 import random
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ from .preference import answer_logps
 from .tasks import IGNORE, pad_batch
 from .tokenizer import Tokenizer
 
-# %% ../nbs/08a_preference_methods.ipynb #30ce9f2a
+# %% ../nbs/08a_preference_methods.ipynb #5efe911b
 def _asked(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
     "The prompts as the model reads them, as in `evaluate.ask`."
     room = max(1, model.config.max_seq_len - max_new_tokens)
@@ -58,7 +58,7 @@ def measure_policy(policy: Transformer, reference: Transformer, tokenizer: Token
              "distinct": len(set(texts)) / len(texts), "right": accuracy_by_kind(tasks, texts)}
     return found | ({"win_rate": win_rate(rewards, baseline)} if baseline is not None else {}), rewards
 
-# %% ../nbs/08a_preference_methods.ipynb #6e758047
+# %% ../nbs/08a_preference_methods.ipynb #5020b835
 def fresh_pairs(policy: Transformer, tokenizer: Tokenizer, tasks: Sequence[dict], judge: Callable[[dict, str], float], max_new_tokens: int = 40,
                 seed: int = 0) -> list[dict]:
     """Pair examples of the policy's own answers: two are sampled for each task, and the one that `judge(task, text)` scores higher is chosen.
@@ -76,7 +76,7 @@ def fresh_pairs(policy: Transformer, tokenizer: Tokenizer, tasks: Sequence[dict]
             pairs.append({f"{s}_ids": asked[n] + ended[n] for s, n in sides.items()} | {f"{s}_labels": [IGNORE] * len(asked[n]) + ended[n] for s, n in sides.items()})
     return pairs
 
-# %% ../nbs/08a_preference_methods.ipynb #06c9ff00
+# %% ../nbs/08a_preference_methods.ipynb #ab6612e2
 def flip_labels(examples: Sequence[dict], share: float, seed: int = 0) -> list[dict]:
     "Pair examples, a `share` of them with chosen and rejected exchanged; a larger share exchanges all those of a smaller one, too."
     order = random.Random(seed).sample(range(len(examples)), len(examples))

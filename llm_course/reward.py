@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['fit_choices', 'bradley_terry_loss', 'RewardModel', 'pair_examples', 'reward_batch', 'reward_loss', 'train_reward',
            'rewards_of', 'pair_rewards', 'pair_correctness', 'as_gold', 'calibration', 'calibration_error',
-           'length_slope', 'pair_logps', 'likelihood_weight']
+           'length_slope', 'continuation_logps', 'pair_logps', 'likelihood_weight', 'likelihood_scorer']
 
 # %% ../nbs/07_reward_model.ipynb #4865f147
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,13 +36,23 @@ def fit_choices(differences: Tensor, ridge: float = 0.0, steps: int = 100) -> Te
     for _ in range(steps):
         p = torch.sigmoid(-x @ w)                                   # how surprising each choice is
         hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge * torch.eye(len(w), dtype=torch.float64)
-        step = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-10) @ (x.T @ p - ridge * w)
+        step = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-13) @ (x.T @ p - ridge * w)
         w = w + step * min(1.0, 2.0 / float(step.abs().max().clamp(min=1e-12)))
         if step.abs().max() < 1e-10:
             break
-    if not len(x) or (x @ w).abs().max() > 25:
+    if not len(x) or not ridge and _undecided(x, w) < 1e-8:
         raise UserError(f"the {len(x)} choices fix no finite weights: something was always chosen, or nothing was compared; give more choices, or a ridge above 0")
     return w
+
+
+def _undecided(x: Tensor, w: Tensor) -> float:
+    "How undecided the choices are in the direction where they are least so, 0 to 1/4: next to 0 where the weights have run away."
+    values, axes = torch.linalg.eigh(x.T @ x)
+    kept = values > 1e-12 * values.max()
+    basis = axes[:, kept] / values[kept].sqrt()
+    p = torch.sigmoid(-x @ w)
+    hessian = (x * (p * (1 - p))[:, None]).T @ x
+    return torch.linalg.eigvalsh(basis.T @ hessian @ basis).min().item() if kept.any() else 0.0
 
 # %% ../nbs/07_reward_model.ipynb #c01364fa
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0) -> Tensor:
@@ -111,7 +121,7 @@ def reward_batch(examples: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
     batch = pair_batch(examples, pad_id)
     return batch | ({"margin": torch.tensor([e["margin"] for e in examples])} if "margin" in examples[0] else {})
 
-
+# %% ../nbs/07_reward_model.ipynb #d7b8da76
 def reward_loss(model: RewardModel, batch: dict[str, Tensor], centering: float = 0.01) -> tuple[Tensor, int, dict]:
     """Sum of the Bradley–Terry losses of a pair batch, number of pairs, metrics; for the trainer.
 
@@ -135,7 +145,7 @@ def train_reward(model: RewardModel, examples: Sequence[dict], config: TrainConf
     trainer.fit()
     return trainer
 
-
+# %% ../nbs/07_reward_model.ipynb #da51587b
 @torch.no_grad()
 def rewards_of(model: RewardModel, sequences: Sequence[list[int]], pad_id: int, batch_size: int = 64) -> list[float]:
     "Rewards of token sequences, in their order; dropout is off."
@@ -199,23 +209,32 @@ def length_slope(rewards: Tensor, lengths: Tensor, gold: Tensor) -> float:
     a, b = torch.linalg.lstsq(x, (rewards[:, 0] - rewards[:, 1]).double()[:, None]).solution[:, 0].tolist()
     return b / a
 
-# %% ../nbs/07_reward_model.ipynb #ceef7ba7
+# %% ../nbs/07_reward_model.ipynb #f0927404
 @torch.no_grad()
-def pair_logps(model: Transformer, pairs: Sequence[dict], tokenizer: Tokenizer, batch_size: int = 64) -> Tensor:
-    "Summed log-probabilities `[N, 2]` of the chosen and the rejected answer of each pair under a language model."
-    device, out = model.embed_tokens.weight.device, []
-    examples, _ = pair_examples(pairs, tokenizer, model.config.max_seq_len)
-    if len(examples) < len(pairs):
-        raise UserError(f"{len(pairs) - len(examples)} of {len(pairs)} pairs are longer than max_seq_len={model.config.max_seq_len}; leave them out first")
+def continuation_logps(model: Transformer, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int, batch_size: int = 64) -> list[float]:
+    "Summed log-probability of each answer (token ids) after its prompt under a language model, in nats; both together must fit into its context."
     model.eval()
-    for i in range(0, len(examples), batch_size):
-        batch = pair_batch(examples[i:i + batch_size], tokenizer.pad_id)
-        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).to(device)
-        keep = targets != -100
-        logps = model(batch["input_ids"].to(device), keep=keep).float().log_softmax(-1).gather(-1, targets[keep][:, None])[:, 0]
-        sums = torch.zeros(len(targets), device=device).index_add(0, keep.nonzero()[:, 0], logps)
-        out.append(sums.double().cpu().view(2, -1).T)
-    return torch.cat(out)
+    device, out = model.embed_tokens.weight.device, [0.0] * len(answers)
+    order = sorted(range(len(answers)), key=lambda i: len(prompts[i]) + len(answers[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        whole = [list(prompts[i]) + list(answers[i]) for i in rows]
+        T = max(map(len, whole))
+        ids = torch.tensor([r + [pad_id] * (T - len(r)) for r in whole], device=device)
+        keep = torch.tensor([[len(prompts[i]) - 1 <= t < len(r) - 1 for t in range(T)] for i, r in zip(rows, whole)], device=device)
+        logps = model(ids, keep=keep).float().log_softmax(-1).gather(-1, ids.roll(-1, 1)[keep][:, None])[:, 0]
+        for i, x in zip(rows, torch.zeros(len(rows), device=device).index_add(0, keep.nonzero()[:, 0], logps).tolist()):
+            out[i] = x
+    return out
+
+# %% ../nbs/07_reward_model.ipynb #a2dbc660
+def pair_logps(model: Transformer, pairs: Sequence[dict], tokenizer: Tokenizer) -> Tensor:
+    "Summed log-probabilities `[N, 2]` of the chosen and the rejected answer of each pair under a language model."
+    prompts, answers = [], []
+    for p, side in ((p, side) for p in pairs for side in ("chosen", "rejected")):
+        prompts.append(tokenizer.chat(p["prompt"], add_generation_prompt=True)[0])
+        answers.append(tokenizer.chat([*p["prompt"], *p[side]])[0][len(prompts[-1]):])
+    return torch.tensor(continuation_logps(model, prompts, answers, tokenizer.pad_id), dtype=torch.float64).view(-1, 2)
 
 
 def likelihood_weight(model: RewardModel, language_model: Transformer, pairs: Sequence[dict], tokenizer: Tokenizer) -> float:
@@ -225,3 +244,11 @@ def likelihood_weight(model: RewardModel, language_model: Transformer, pairs: Se
     both = torch.stack([pair_rewards(model, pairs, tokenizer), pair_logps(language_model, pairs, tokenizer)], -1)       # [N, 2, features]
     w = fit_choices(both[:, 0] - both[:, 1])
     return (w[1] / w[0]).item()
+
+
+def likelihood_scorer(model: RewardModel, language_model: Transformer, weight: float, pad_id: int) -> Callable[[list[list[int]], list[list[int]]], list[float]]:
+    "Reward + `weight` · log-probability as a function of prompts and answers (token ids), as PPO takes it for `score`."
+    def score(prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+        rewards = rewards_of(model, [[*p, *a] for p, a in zip(prompts, answers)], pad_id)
+        return [r + weight * l for r, l in zip(rewards, continuation_logps(language_model, prompts, answers, pad_id))]
+    return score
