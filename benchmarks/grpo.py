@@ -1,13 +1,13 @@
-"""Rewards that can be verified: GRPO, its kin and PPO on counting and reading tasks of the world, by exact match, with the same number of answers.
+"""Rewards that can be verified: GRPO, its kin and PPO on recall and form tasks of the world, by exact match, with the same number of answers.
 
-Every arm starts from the SFT model of a run and writes answers to training tasks; accuracy is measured on tasks held out for tests (other texts), greedy and
+Every arm starts from the SFT model of a run and writes answers to training tasks; accuracy is measured on tasks held out for tests (about other people), greedy and
 at temperature 1. The learning rate of each method is chosen on validation tasks with a seed of its own (`choose`)."""
 import copy
 import time
 from pathlib import Path
 
 import torch
-from ppo import cached, origin, rounded
+from ppo import cached, file_of, origin, rounded
 
 from llm_course.evaluate import accuracy_by_kind, ask_tasks, rate, sequence_kl
 from llm_course.generate import Sampling
@@ -21,7 +21,7 @@ from llm_course.tokenizer import Tokenizer
 from llm_course.trainer import Callback, seed_all
 from llm_course.world import grade, make_tasks, make_village
 
-KINDS, NEW = ("counting", "reading"), 24
+KINDS, NEW = ("recall", "form"), 24
 
 
 class Material:
@@ -32,7 +32,7 @@ class Material:
         self.tokenizer, self.sft, village = Tokenizer.load(folder / "tokenizer"), load_model(folder / "sft"), make_village(s["seed"], s["data"]["people"])
         room = self.sft.config.max_seq_len - NEW
         fits = lambda tasks: [t for t, p in zip(tasks, task_prompts(tasks, self.tokenizer)) if len(p) <= room]
-        self.tasks = {split: fits(make_tasks(village, split, n, s["seed"] + 5, KINDS)) for split, n in {"train": 1500, "val": 150, "test": 300}.items()}
+        self.tasks = {split: fits(make_tasks(village, split, n, s["seed"] + 5, KINDS)) for split, n in {"train": 1500, "val": 60, "test": 200}.items()}
 
     def accuracy(self, model, split: str) -> dict:
         "Exact-match accuracy of each kind, greedy and sampled."
@@ -49,7 +49,7 @@ class Accuracy(Callback):
         self.m, self.every, self.rows = m, every, []
 
     def after_step(self, trainer, record):
-        if trainer.n_steps % self.every == 0 or trainer.n_steps == trainer.config.steps:
+        if trainer.n_steps % self.every == 0:
             tasks = self.m.tasks["val"]
             answers = ask_tasks(getattr(trainer.model, "policy", trainer.model), self.m.tokenizer, tasks, max_new_tokens=NEW, sampling=Sampling(1.0))
             self.rows.append({"step": trainer.n_steps, "accuracy": sum(grade(t, a)["right"] for t, a in zip(tasks, answers)) / len(tasks)})
@@ -61,7 +61,7 @@ def one_arm(m: Material, method: str, lr: float, seed: int, updates: int, split:
     start, policy, score = time.perf_counter(), copy.deepcopy(m.sft), verified_scorer(m.tasks["train"], m.tokenizer)
     prompts, ppo = task_prompts(m.tasks["train"], m.tokenizer), method == "ppo"
     config = TrainConfig(updates * 2, batch_size=32 if not ppo else 64, lr=lr, weight_decay=0.0, warmup=0.05, seed=seed, log_every=1)      # two steps a rollout in both
-    watch = Accuracy(m, max(2, updates // 5))
+    watch = Accuracy(m, max(2, updates // 3))
     if ppo:
         seed_all(seed, 7)
         c = PPOConfig(**{"rollouts": 64, "epochs": 2, "max_new_tokens": NEW, "missing_end_penalty": 0.0} | change)
@@ -69,7 +69,7 @@ def one_arm(m: Material, method: str, lr: float, seed: int, updates: int, split:
     else:
         trainer, rollouts = train_grpo(policy, prompts, m.tokenizer, config, GRPOConfig(**{"prompts": 8, "group": 8, "max_new_tokens": NEW} | METHODS[method] | change), score, callbacks=[watch])
     keys = ("step", "score", "kl", "length", "ended", "entropy", "reward_std", "frac_reward_zero_std", "groups/all_right", "groups/all_wrong", "seconds/rollout")
-    asked = [[{"role": "user", "content": t["prompt"]}] for t in m.tasks[split][::3]]
+    asked = [[{"role": "user", "content": t["prompt"]}] for t in m.tasks[split][::4]]
     return {"method": method, "lr": lr, "seed": seed, "answers": updates * 64, "change": change, "accuracy": m.accuracy(policy, split), "val": watch.rows,
             "kl": sequence_kl(policy, m.sft, m.tokenizer, asked, NEW), "curve": [{k: r[k] for k in keys if k in r} for r in rollouts.stats[::max(1, updates // 30)]],
             "seconds": time.perf_counter() - start, "seconds_rollout": sum(r["seconds/rollout"] for r in rollouts.stats) / len(rollouts.stats),
@@ -78,26 +78,34 @@ def one_arm(m: Material, method: str, lr: float, seed: int, updates: int, split:
 
 if __name__ == "__main__":
     from record import arguments, save
-    args = arguments(__doc__, run="runs/laptop", cache="runs/grpo-cache", updates=40, seeds=3, methods="grpo,ppo,rloo", rates="1e-4,3e-4", more="dr_grpo,reinforce++,reinforce,dapo")
+    args = arguments(__doc__, run="runs/laptop", cache="runs/grpo-cache", updates=25, seeds=3, methods="grpo,ppo", rates="1e-4,3e-4", more="rloo,dr_grpo,reinforce++", new=1000)
     torch.set_num_threads(1)
     cache, rates = Path(args.cache), [float(r) for r in args.rates.split(",")]
     cache.mkdir(parents=True, exist_ok=True)
     m = Material(Path(args.run))
-    before = cached(cache, "sft", lambda: {split: m.accuracy(m.sft, split) for split in ("val", "test")})
+
+    def once(name: str, work) -> dict:
+        "One arm from the cache, or measured now: at most `--new` of them, then the program ends."
+        args.new -= not file_of(cache, name).exists()
+        if args.new < 0:
+            raise SystemExit("more arms are left")
+        return cached(cache, name, work)
+
+    before = once("sft", lambda: {split: m.accuracy(m.sft, split) for split in ("val", "test")})
     show = lambda r: {f"{how} {k}": v["value"] for how in ("greedy", "sampled") for k, v in r[how].items()}
     print("sft", show(before["test"]), flush=True)
     chosen, arms = {}, []
     for method in args.methods.split(","):
-        tried = {lr: cached(cache, f"choose {method} {lr:g}", lambda: one_arm(m, method, lr, 100, args.updates, "val")) for lr in rates}
+        tried = {lr: once(f"choose {method} {lr:g}", lambda: one_arm(m, method, lr, 100, args.updates, "val")) for lr in rates}
         chosen[method] = max(tried, key=lambda lr: tried[lr]["accuracy"]["sampled"]["both"]["value"])
         print(method, {lr: show(r["accuracy"]) for lr, r in tried.items()}, flush=True)
     for method in (args.methods + "," * bool(args.more) + args.more).split(","):
         lr = chosen.get(method, chosen["grpo"])      # the others take what was chosen for GRPO, and one seed
         for seed in range(args.seeds if method in chosen else 1):
-            r = cached(cache, f"{method} {lr:g} seed {seed}", lambda: one_arm(m, method, lr, seed, args.updates))
+            r = once(f"{method} {lr:g} seed {seed}", lambda: one_arm(m, method, lr, seed, args.updates))
             print(method, lr, seed, show(r["accuracy"]), "kl", r["kl"]["value"], r["seconds"], flush=True)
             arms.append(r)
     if args.save:
         tried = {method: {f"{lr:g}": cached(cache, f"choose {method} {lr:g}", None)["accuracy"]["sampled"]["both"]["value"] for lr in rates} for method in chosen}
-        save("grpo", "Exact-match accuracy on counting and reading tasks of the village after training with a verified reward: GRPO, its kin and PPO with the same number of answers",
+        save("grpo", "Exact-match accuracy on recall and form tasks of the village after training with a verified reward: GRPO, its kin and PPO with the same number of answers",
              {"run": origin(Path(args.run)), "kinds": KINDS, "tasks": {k: len(v) for k, v in m.tasks.items()}, "sft": before, "chosen_on_val": tried, "arms": rounded(arms)}, ("torch", "tokenizers"))

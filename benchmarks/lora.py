@@ -1,8 +1,8 @@
 """LoRA against full fine-tuning of a run's base model: learning rates, ranks, target layers, what is forgotten; and what it saves.
 
-Every arm learns from the same 3,000 conversations, three times, as in `benchmarks/sft.py`, and is measured there; each rank at the best of its
-learning rates. The two best are asked the run's test tasks, with three seeds. Adapters are scaled by alpha / rank = 2 throughout. Memory is
-the peak of a process of its own. Finished arms are kept in `--cache` and not done again.
+Every arm learns from the same 1,000 conversations, twice, and is measured on the validation people and texts, as in `benchmarks/sft.py`, whose
+sweep is the one of full fine-tuning. The learning rate of the adapters is chosen for rank 8; other ranks get the best of that and lower ones. Adapters are scaled by alpha / rank = 2 throughout. Memory
+is the peak of a process of its own. Finished arms are kept in `--cache`, those of full fine-tuning in `--full`, and not done again.
 
     python benchmarks/lora.py --run runs/lab --save
 """
@@ -17,38 +17,36 @@ from pathlib import Path
 
 import torch
 from record import arguments, save
-from sft import Cache, Material, score
+from sft import EPOCHS, N, RATES, Cache, Material, score, sized
 
 from llm_course.hub import save_model
 from llm_course.lora import TARGETS, add_lora, lora_layers, merge_lora, save_lora
 from llm_course.model import ModelConfig, Transformer
 from llm_course.packing import pack_examples, stack_rows
-from llm_course.sft import sft, sft_loss
+from llm_course.sft import sft, sft_loss, wake_special_tokens
 from llm_course.trainer import TrainConfig, Trainer, mean_loss
 
-N, EPOCHS = 3000, 3
-FULL_RATES, LORA_RATES, RANKS = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (1, 4, 16, 64)
-WIDE_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)      # of rank 8
-PARTS = {"queries and values": ("q_proj", "v_proj"), "attention": TARGETS[:4], "feed-forward": TARGETS[4:]}
+LORA_RATES, RANKS = (1e-3, 3e-3, 1e-2, 3e-2), (1, 64)
+PARTS = {"queries and values": ("q_proj", "v_proj"), "feed-forward": TARGETS[4:]}
 
 
-def arm(m: Material, lr: float, rank: int = 0, targets: tuple[str, ...] = TARGETS, seed: int = 0, wake: bool = True, test: bool = False) -> dict:
-    "Train once, fully (rank 0) or with adapters, and measure; with `test` also on the run's test tasks."
-    examples = random.Random(0).sample(m.train, N)
-    model = m.base(wake)
-    if rank:
-        torch.manual_seed(seed)
-        add_lora(model, rank, 2.0 * rank, targets)
+def arm(m: Material, lr: float, rank: int, targets: tuple[str, ...] = TARGETS, seed: int = 0, wake: bool = True, apart: float = 0.1) -> dict:
+    "Train adapters once, and measure; the special tokens are woken with `apart`."
+    examples = random.Random(seed).sample(m.train, N)
+    model = m.base(wake=False)
+    if wake:
+        wake_special_tokens(model, m.tokenizer, apart)
+    torch.manual_seed(seed)
+    add_lora(model, rank, 2.0 * rank, targets)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    steps = round(len(m.rows(examples)) * EPOCHS / 8)
-    config = TrainConfig(steps=steps, batch_size=8, lr=lr, weight_decay=0.0 if rank else 0.01, seed=seed, precision="auto")
+    config = TrainConfig(steps=round(len(m.rows(examples)) * EPOCHS / 8), batch_size=8, lr=lr, weight_decay=0.0, seed=seed, precision="auto", log_every=10)
     start = time.perf_counter()
     sft(model, examples, config, m.tokenizer)
     seconds = time.perf_counter() - start
     merge_lora(model)
     loss = lambda part: round(mean_loss(model, sft_loss, m.rows(part), stack_rows), 4)
-    out = {"lr": lr, "rank": rank, "seed": seed, "trainable": trainable, "steps": steps, "seconds": round(seconds, 1), "train_loss": loss(examples[:200]), "val_loss": loss(m.val)}
-    return out | m.measure(model) | ({"test": m.measure(model, m.test)["accuracy"]} if test else {})
+    return {"lr": lr, "rank": rank, "seed": seed, "trainable": trainable, "steps": config.steps, "seconds": round(seconds, 1), "train_loss": loss(examples[:200]),
+            "val_loss": loss(m.val)} | m.measure(model)
 
 
 def one_process(rank: int) -> dict:
@@ -81,20 +79,23 @@ def memory() -> dict:
 
 
 def main() -> None:
-    args = arguments(__doc__, run="runs/lab", cache="runs/lora-cache", one=-1)
+    args = arguments(__doc__, run="runs/lab", cache="runs/lora-cache", full="runs/sft-cache", one=-1)
     torch.set_num_threads(1)
     if args.one >= 0:
         return print(json.dumps(one_process(args.one)))
-    m, cache = Material(args.run), Cache(args.cache)
-    one = lambda name, lr, rank=0, **kw: cache(f"{name}-{lr:g}", lambda: arm(m, lr, rank, **kw))
-    figures = {"run": m.about(), "conversations": N, "epochs": EPOCHS, "before": cache("before", lambda: m.measure(m.base())),
-               "full": [one("full", lr) for lr in FULL_RATES], "rank 8": [one("r8", lr, 8) for lr in WIDE_RATES]}
-    best_full, best8 = (max(figures[k], key=score)["lr"] for k in ("full", "rank 8"))
-    figures["ranks"] = [max((one(f"r{r}", lr, r) for lr in LORA_RATES), key=score) for r in RANKS]
-    figures["targets"] = {name: one(f"r8-{'-'.join(t)}", best8, 8, targets=t) for name, t in PARTS.items()}
-    figures["not woken"] = {"full": one("full-asleep", best_full, wake=False), "rank 8": one("r8-asleep", best8, 8, wake=False)}
-    figures["test"] = {name: [one(f"test-{name.replace(' ', '')}-{s}", lr, rank, seed=s, test=True) for s in range(3)] for name, lr, rank in (("full", best_full, 0), ("rank 8", best8, 8))}
-    figures["memory"] = cache("memory", memory)
+    m, cache, whole = Material(args.run), Cache(args.cache), Cache(args.full)
+    one = lambda name, lr, rank, **kw: cache(f"{name}-{lr:g}", lambda: arm(m, lr, rank, **kw))
+    figures = {"run": m.about(), "conversations": N, "epochs": EPOCHS, "memory": cache("memory", memory), "rank 8": [one("r8", lr, 8) for lr in LORA_RATES]}
+    best = max(figures["rank 8"], key=score)["lr"]
+    figures["ranks"] = [max((one(f"r{r}", lr, r) for lr in LORA_RATES if lr <= best), key=score) for r in RANKS]
+    figures["not woken"] = one("r8-asleep", best, 8, wake=False)
+    figures["one vector"] = one("r8-together", best, 8, apart=0.0)
+    figures["targets"] = {name: one(f"r8-{'-'.join(t)}", best, 8, targets=t) for name, t in PARTS.items()}
+    figures["repeated"] = [one(f"r8-seed{s}", best, 8, seed=s) for s in (1, 2)]
+    figures["before"], figures["full"] = whole("before", lambda: m.measure(m.base())), [sized(whole, m, lr, N, EPOCHS) for lr in RATES]
+    top = max(figures["full"], key=score)["lr"]
+    figures["full repeated"] = [sized(whole, m, top, N, EPOCHS, s) for s in (1, 2)]
+    figures["full not woken"] = sized(whole, m, top, N, EPOCHS, wake=False)
     if args.save:
         save("lora", "LoRA against full fine-tuning of a run's base model: learning rate, rank, target layers, forgetting, memory", figures)
 

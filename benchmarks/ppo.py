@@ -5,6 +5,7 @@ answers to open tasks about validation people show what the world's gold reward 
 `pipeline.run_eval`: 400 open tasks about test people, one sampled answer each, against the SFT model's answers to the same."""
 import copy
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -21,19 +22,20 @@ from llm_course.tokenizer import Tokenizer
 from llm_course.trainer import Callback
 from llm_course.world import grade, make_village, sample_tasks, vocabulary
 
-# name: settings of PPOConfig (and `updates`, `lr`), seed, judge
-ARMS = {**{f"default, seed {s}": ({}, s, "reward model") for s in range(3)},
-        "β = 0": ({"kl_coef": 0.0}, 0, "reward model"), "β = 0.05": ({"kl_coef": 0.05}, 0, "reward model"), "β = 0.8": ({"kl_coef": 0.8}, 0, "reward model"),
-        "thanks, β = 0": ({"kl_coef": 0.0}, 0, "thanks"), "thanks, β = 0.2": ({"kl_coef": 0.2}, 0, "thanks"), "words, β = 0": ({"kl_coef": 0.0}, 0, "words"),
-        "no KL, long": ({"kl_coef": 0.0, "updates": 90}, 0, "reward model"),
-        "updates 60, seed 0": ({"updates": 60}, 0, "reward model"), "updates 60, seed 1": ({"updates": 60}, 1, "reward model"), "updates 60, seed 2": ({"updates": 60}, 2, "reward model"),
-        "adaptive": ({"kl_target": 1.5, "kl_horizon": 1000, "kl_coef": 0.05}, 0, "reward model"), "score after": ({"score_at": "after"}, 0, "reward model")}
+# name: settings of PPOConfig (and `updates`, `lr`), seed, judge. Most take ten rounds of answers: the curve of the first shows that little happens after.
+SHORT = {"updates": 10}
+ARMS = {**{f"β = 0.2, seed {s}": (SHORT, s, "reward model") for s in range(3)},
+        **{f"{judge}, β = 0": (SHORT | {"kl_coef": 0.0, "lr": 3e-4}, 0, judge) for judge in ("thanks", "words")},
+        **{f"β = {b:g}": (SHORT | {"kl_coef": b}, 0, "reward model") for b in (0.0, 0.8, 0.05)},
+        **{f"30 rounds, seed {s}": ({}, s, "reward model") for s in range(3)},
+        "30 rounds, β = 0, lr 3e-4": ({"kl_coef": 0.0, "lr": 3e-4}, 0, "reward model"), "thanks, β = 0.2": (SHORT | {"lr": 3e-4}, 0, "thanks"),
+        "adaptive": (SHORT | {"kl_target": 1.0, "kl_horizon": 640, "kl_coef": 0.05}, 0, "reward model"), "score after": (SHORT | {"score_at": "after"}, 0, "reward model")}
 
 
 class Material:
     "What all arms share: the run's models, prompts and tasks."
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, cache: Path):
         self.run = open_run(folder)
         s = self.s = self.run.settings
         self.tokenizer, self.sft = Tokenizer.load(folder / "tokenizer"), load_model(folder / "sft")
@@ -44,7 +46,7 @@ class Material:
         prompts = (self.tokenizer.chat(p["prompt"], add_generation_prompt=True)[0] for _, p in read_rows(folder / "corpus" / "pairs.jsonl"))
         self.prompts = [p for p in prompts if len(p) <= room]
         self.open_tasks = {"val": sample_tasks(village, "val", 100, s["seed"] + 3), "test": sample_tasks(village, "test", s["eval"]["preference_tasks"], s["seed"] + 2)}
-        self.sft_gold = {split: gold_rewards(tasks, self.answers(self.sft, tasks)) for split, tasks in self.open_tasks.items()}
+        self.sft_gold = cached(cache, "sft gold", lambda: {split: gold_rewards(tasks, self.answers(self.sft, tasks)) for split, tasks in self.open_tasks.items()})
 
     def answers(self, model, tasks) -> list[str]:
         return ask_tasks(model, self.tokenizer, tasks, max_new_tokens=self.s["eval"]["max_new_tokens"], sampling=Sampling(1.0), seed=self.s["seed"])
@@ -99,7 +101,7 @@ def one_arm(m: Material, change: dict, seed: int, judge: str) -> dict:
     s["ppo"]["lr"] = c["lr"]
     settings = PPOConfig(**{k: v for k, v in c.items() if k in PPOConfig.__dataclass_fields__})
     config = train_config(s, "ppo", c["updates"] * max(1, c["rollouts"] * c["epochs"] // c["batch_size"]))
-    curve, policy = GoldCurve(m, max(4, config.steps // 15)), copy.deepcopy(m.sft)
+    curve, policy = GoldCurve(m, max(4, config.steps // 6)), copy.deepcopy(m.sft)
     _, rollouts = train_ppo(policy, copy.deepcopy(m.reward_model), m.prompts, m.tokenizer, config, settings, None, [curve], m.judge(judge))
     keys = ("step", "score", "kl", "length", "ended", "entropy", "explained_variance", "kl_coef", "seconds/rollout")
     thin = rollouts.stats[::max(1, len(rollouts.stats) // 30)]
@@ -109,9 +111,14 @@ def one_arm(m: Material, change: dict, seed: int, judge: str) -> dict:
             "seconds": time.perf_counter() - start, "seconds_rollout": sum(r["seconds/rollout"] for r in rollouts.stats) / len(rollouts.stats), "seconds_update": sum(took) / len(took)}
 
 
+def file_of(folder: Path, name: str) -> Path:
+    "Where the result of an arm is kept."
+    return folder / f"{''.join(c if c.isalnum() else '_' for c in name)}.json"
+
+
 def cached(folder: Path, name: str, work) -> dict:
     "The result of `work()`, kept in a file: a stop loses one arm at most."
-    path = folder / f"{''.join(c if c.isalnum() else '_' for c in name)}.json"
+    path = file_of(folder, name)
     if not path.exists():
         write_json(path, rounded(work()))
     return json.loads(path.read_text(encoding="utf-8"))
@@ -121,26 +128,35 @@ def origin(folder: Path) -> dict:
     "On which model it was measured."
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     base = json.loads((folder / "base" / "metrics.json").read_text(encoding="utf-8"))["pretrain"]
-    return {"command": config["command"], "pretrain_tokens": base["tokens"], "val_loss": round(base["val_loss"], 4), "ppo": config["settings"]["ppo"]}
+    words = shlex.split(config["command"])
+    where = words.index("--out") if "--out" in words else len(words)
+    return {"command": shlex.join(["llm_course", *(w for w in words[1:where] + words[where + 2:] if w != "--update")]), "pretrain_tokens": base["tokens"], "val_loss": round(base["val_loss"], 4), "ppo": config["settings"]["ppo"]}
 
 
 if __name__ == "__main__":
     from record import arguments, save
-    args = arguments(__doc__, run="runs/laptop", arms="", cache="runs/ppo-cache")
+    args = arguments(__doc__, run="runs/laptop", arms="", cache="runs/ppo-cache", new=1000)
     torch.set_num_threads(1)
     chosen, cache, material = [a for a in args.arms.split(";") if a] or list(ARMS), Path(args.cache), None
     cache.mkdir(parents=True, exist_ok=True)
     for name in chosen:
+        args.new -= not file_of(cache, name).exists()
+        if args.new < 0:
+            break
+
         def work(name=name):
             global material
-            material = material or Material(Path(args.run))
+            material = material or Material(Path(args.run), cache)
             return one_arm(material, *ARMS[name])
         r = cached(cache, name, work)
         print(name, {k: r[k]["value"] if isinstance(r[k], dict) else r[k] for k in ("win_rate", "gold", "kl", "length", "polite_phrases", "seconds")}, "val", r["val"][-1], flush=True)
     if args.save:
-        material = material or Material(Path(args.run))
-        arms = {name: cached(cache, name, None) for name in chosen}
+        material = material or Material(Path(args.run), cache)
+        arms = {name: cached(cache, name, None) for name in chosen if file_of(cache, name).exists()}
         frontier = [{k: a[k] for k in ("kl_coef", "seed", "kl", "gold", "win_rate", "length")} for n, a in arms.items()
-                    if a["judge"] == "reward model" and a["change"].keys() <= {"kl_coef"}]
+                    if a["judge"] == "reward model" and a["change"].keys() <= {"kl_coef", "updates"} and a["updates"] == SHORT["updates"]]
+        gold = material.sft_gold["test"]
+        greedy = gold_rewards(material.open_tasks["test"], ask_tasks(material.sft, material.tokenizer, material.open_tasks["test"], max_new_tokens=material.s["eval"]["max_new_tokens"]))
+        sft = {"gold": mean_interval(gold), "greedy_win_rate": win_rate(greedy, gold), "best_possible_win_rate": win_rate([2.0] * len(gold), gold)}
         save("ppo", "PPO on the village from one SFT and one reward model: seeds, KL coefficients, flawed rewards; gold reward and win rate over SFT on 400 open tasks about test people",
-             {"run": origin(Path(args.run)), "sft": {"gold": rounded(mean_interval(material.sft_gold["test"]))}, "frontier": frontier, "arms": arms}, ("torch", "tokenizers"))
+             {"run": origin(Path(args.run)), "sft": rounded(sft), "frontier": frontier, "arms": arms}, ("torch", "tokenizers"))

@@ -1,8 +1,8 @@
 """Fine-tuning a run's base model: learning rate, epochs, number of conversations, kinds of loss, and what is forgotten of the pretraining text.
 
 Each arm trains from the run's base model as the pipeline does (packed rows, batches of 8, cosine schedule) and is measured on questions about the
-people of the validation split, on held-out conversations, and on the pretraining validation text. The settings are chosen there; two of them,
-the pipeline's and the best, are then asked the run's test tasks. Finished arms are kept in `--cache` and not done again.
+people of the validation split, on held-out conversations, and on pretraining validation text. Settings are chosen there. Two models are asked
+the run's test tasks at the end: the run's own, of its stage `sft`, and the best of those trained on all conversations. Finished arms are kept in `--cache` and not done again.
 
     python benchmarks/sft.py --run runs/lab --save
 """
@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from record import arguments, save
 
-from llm_course.evaluate import accuracy_by_kind, ask_tasks
+from llm_course.evaluate import accuracy_by_kind, ask_tasks, mean_interval, rate
+from llm_course.generate import Sampling
 from llm_course.hub import load_model, save_model
 from llm_course.model import Transformer
 from llm_course.packing import pack_examples, stack_rows
@@ -24,27 +25,32 @@ from llm_course.reading import read_rows
 from llm_course.sft import sft, sft_examples, sft_loss, wake_special_tokens
 from llm_course.tokenizer import Tokenizer
 from llm_course.trainer import TrainConfig, mean_loss
-from llm_course.world import KINDS, make_tasks, make_village
+from llm_course.world import KINDS, grade, make_tasks, make_village
 
 ROOM = 128
-RATES, SIZES, EPOCHS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), (300, 1000, 3000), (1, 3, 10)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+N, EPOCHS = 1000, 2                                                           # of the sweep over learning rates
+GRID = ((300, 1), (300, 3), (300, 10), (1000, 1), (1000, 3), (1000, 10), (3000, 1))      # conversations and epochs
+REPEATED = ((300, 3), (1000, 2))                                              # with two more seeds: other conversations in another order
+WHOLE = ((3e-4, 1, "nll"), (3e-4, 2, "dft"))                                  # for all conversations, beside the run's own
 
 
 class Material:
     "What all arms share: base model, conversations, held-out questions and texts of a run."
 
-    def __init__(self, run: str, questions: int = 100, texts: int = 60):
+    def __init__(self, run: str, texts: int = 8, characters: int = 1500):
         self.run, self.settings = Path(run), json.loads((Path(run) / "config.json").read_text())
         s, self.tokenizer = self.settings["settings"], Tokenizer.load(self.run / "base")
         chats = [row for _, row in read_rows(self.run / "corpus" / "conversations.jsonl")]
         examples, self.report = sft_examples(chats, self.tokenizer, ROOM)
         self.val, self.train = examples[:200], examples[200:]       # as in the pipeline
-        self.tasks = make_tasks(make_village(s["seed"], s["data"]["people"]), "val", questions)
+        village = make_village(s["seed"], s["data"]["people"])
+        self.tasks = make_tasks(village, "val", 100, kinds=KINDS[:2]) + make_tasks(village, "val", 40, kinds=KINDS[2:])
         self.test = [row for _, row in read_rows(self.run / "corpus" / "tasks.jsonl")]
         self.texts: dict[str, list[str]] = {}
         for _, row in read_rows(self.run / "corpus" / "val.jsonl"):
             if len(self.texts.setdefault(row["source"], [])) < texts:
-                self.texts[row["source"]].append(row["text"])
+                self.texts[row["source"]].append(row["text"][:characters])
 
     def about(self) -> dict:
         "The run in figures, for the record."
@@ -107,20 +113,37 @@ class Cache:
         return json.loads(path.read_text())
 
 
-def full(cache: Cache, m: Material, lr: float, epochs: float, seed: int) -> dict:
-    "An arm with all conversations, whose model is kept for the test."
-    name = f"full-{lr:g}-{epochs:g}-{seed}"
-    return cache(name, lambda: arm(m, lr, epochs, seed=seed, keep=cache.folder / name))
+def sized(cache: Cache, m: Material, lr: float, n: int, epochs: float, seed: int = 0, **options) -> dict:
+    "An arm by its name."
+    more = "".join(f"-{k}={v}" for k, v in options.items())
+    return cache(f"n{n}-{epochs:g}-{lr:g}-{seed}{more}", partial(arm, m, lr, epochs, n, seed, **options))
 
 
-def tested(cache: Cache, m: Material, lr: float, epochs: float, seeds: tuple[int, ...] = (0, 1, 2)) -> dict:
-    "The run's test tasks, asked of one setting's models of all seeds."
-    out = []
-    for s in seeds:
-        full(cache, m, lr, epochs, s)
-        name = f"full-{lr:g}-{epochs:g}-{s}"
-        out.append(cache(f"test-{name}", lambda: m.measure(load_model(cache.folder / name), m.test)))
-    return {"lr": lr, "epochs": epochs, "seconds": [full(cache, m, lr, epochs, s)["seconds"] for s in seeds], "accuracy": [r["accuracy"] for r in out]}
+def whole(cache: Cache, m: Material) -> list[dict]:
+    "The run's own fine-tuned model, and others on all conversations; their models are kept."
+    s, own = m.settings["settings"]["sft"], cache("run", lambda: m.measure(load_model(m.run / "sft")))
+    seconds = json.loads((m.run / "sft" / "stage.json").read_text())["seconds"]
+    out = [own | {"folder": str(m.run / "sft"), "lr": s["lr"], "epochs": s["epochs"], "kind": s.get("kind", "nll"), "n": len(m.train), "seconds": seconds}]
+    for lr, epochs, kind in WHOLE:
+        name = f"all-{epochs:g}-{lr:g}-{kind}"
+        out.append(cache(name, lambda: arm(m, lr, epochs, keep=cache.folder / name, kind=kind)) | {"folder": str(cache.folder / name), "kind": kind})
+    return out
+
+
+def tested(cache: Cache, m: Material, result: dict) -> dict:
+    "A kept model on the run's test tasks."
+    return cache(f"test-{Path(result['folder']).name}", lambda: m.measure(load_model(result["folder"]), m.test))["accuracy"]
+
+
+def variety(cache: Cache, m: Material, result: dict, samples: int = 8) -> dict:
+    "How many different answers a kept model gives to the same question at temperature 1 (one in four of recall and form): mean with interval; how many are right."
+    def work():
+        tasks = [t for t in m.tasks if t["kind"] in KINDS[:2]][::4]
+        answers = ask_tasks(load_model(result["folder"]), m.tokenizer, [t for t in tasks for _ in range(samples)], max_new_tokens=40, sampling=Sampling(1.0))
+        groups = [answers[i:i + samples] for i in range(0, len(answers), samples)]
+        right = sum(grade(t, a)["right"] for t, group in zip(tasks, groups) for a in group)
+        return {"different": mean_interval([len(set(g)) for g in groups]), "right": rate(right, len(answers)), "samples": samples}
+    return cache(f"variety-{Path(result['folder']).name}", work)
 
 
 def main() -> None:
@@ -128,16 +151,16 @@ def main() -> None:
     torch.set_num_threads(1)
     m, cache = Material(args.run), Cache(args.cache)
     figures = {"run": m.about(), "kinds": KINDS, "before": cache("before", lambda: m.measure(m.base()))}
-    figures["rates"] = [full(cache, m, lr, 2, 0) for lr in RATES]
-    best = max(figures["rates"], key=score)["lr"]
-    figures["chosen_lr"] = best
-    figures["grid"] = [cache(f"n{n}-{best:g}-{e}-{s}", partial(arm, m, best, e, n, s)) for e in EPOCHS for n in SIZES for s in range(3)]
-    figures["grid"] += [full(cache, m, best, e, s) for e, seeds in ((1, 3), (3, 3), (10, 1)) for s in range(seeds)]
-    variants = {"token": {}, "example": {"by": "example"}, "dft": {"kind": "dft"}, "not woken": {"wake": False}}
-    figures["variants"] = {k: full(cache, m, best, 2, 0) if not v else cache(f"variant-{k.replace(' ', '-')}-{best:g}", partial(arm, m, best, 2, **v)) for k, v in variants.items()}
-    everything = figures["rates"] + [r for r in figures["grid"] if r["n"] == len(m.train)]
-    top = max(everything, key=lambda r: (score(r), -r["epochs"]))
-    figures["test"] = {"pipeline": tested(cache, m, 3e-4, 2), "best": tested(cache, m, top["lr"], top["epochs"])}
+    figures["rates"] = [sized(cache, m, lr, N, EPOCHS) for lr in RATES]
+    figures["chosen_lr"] = best = max(figures["rates"], key=score)["lr"]
+    figures["grid"] = [sized(cache, m, best, n, e) for n, e in GRID]
+    variants = {"dft": {"kind": "dft"}, "example": {"by": "example"}, "not woken": {"wake": False}}
+    figures["variants"] = {k: sized(cache, m, best, N, EPOCHS, **v) for k, v in variants.items()}
+    figures["repeated"] = [sized(cache, m, best, n, e, s) for n, e in REPEATED for s in (1, 2)]
+    candidates = whole(cache, m)
+    top = max(candidates, key=score)
+    figures["test"] = {"run": tested(cache, m, candidates[0]), "best": tested(cache, m, top), "best is": {k: top[k] for k in ("lr", "epochs", "kind")}}
+    figures["all"] = [{k: v for k, v in r.items() if k != "folder"} | {"sampled": variety(cache, m, r)} for r in candidates]
     if args.save:
         save("sft", "supervised fine-tuning of a run's base model: learning rate, epochs, size of the set, loss, forgetting", figures)
 

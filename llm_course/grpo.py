@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .model import Transformer
 from .packing import stack_rows
-from .ppo import Rollouts, answer_rows, kl_estimate, policy_loss, sample_answers, spread, token_logps
+from .ppo import Rollouts, answer_rows, by_length, kl_estimate, policy_loss, sample_answers, spread, token_logps
 from .reading import UserError
 from .step import decay_groups
 from .tokenizer import Tokenizer
@@ -134,8 +134,8 @@ def make_group_rollouts(model: Transformer, reference: Transformer, score: Calla
     scores = torch.tensor(score(asked, answers), dtype=torch.float32, device=next(model.parameters()).device)
     b = answer_rows(asked, answers, tokenizer.pad_id, scores.device)
     keep = b["mask"] > 0
-    logps, entropy = token_logps(model, b["ids"], b["targets"], keep, c.temperature)
-    b["old_logps"], b["ref_logps"] = spread(logps, keep), spread(token_logps(reference, b["ids"], b["targets"], keep, c.temperature)[0], keep)
+    (logps, entropy), (ref, _) = (by_length(lambda *rows: token_logps(p, *rows, c.temperature), b["ids"], b["targets"], keep) for p in (model, reference))
+    b["old_logps"], b["ref_logps"] = spread(logps, keep), spread(ref, keep)
     kl = (kl_estimate(b["old_logps"], b["ref_logps"]) * b["mask"]).sum(1)
     rewards = scores - c.beta * kl if c.kl_in == "reward" else scores
     b["advantages"] = group_advantages(rewards, c.group, c.advantage)[:, None] * b["mask"]

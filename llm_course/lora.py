@@ -36,6 +36,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
         self.kept: Tensor | None = None      # the base weight, while the update is added to it
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kept is not None:
@@ -66,7 +67,7 @@ class LoRALinear(nn.Module):
         self.kept = None
         return self.base.requires_grad_(True)
 
-# %% ../nbs/06a_lora.ipynb #dafd1513
+# %% ../nbs/06a_lora.ipynb #d4d5ba1b
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -122,7 +123,7 @@ def merged_lora(model: nn.Module) -> Iterator[nn.Module]:
         for layer in layers:
             layer.unmerge()
 
-# %% ../nbs/06a_lora.ipynb #97bf621e
+# %% ../nbs/06a_lora.ipynb #0bff1716
 ADAPTER_PREFIX = "base_model.model.model."      # peft's name for a causal model of transformers
 
 

@@ -549,7 +549,7 @@ def run_sft(run: Run, out: Path) -> dict:
     if not examples:
         raise UserError(f"no conversation fits into max_seq_len={model.config.max_seq_len}; set a larger model.max_seq_len")
     if not checkpoints(out):
-        wake_special_tokens(model, tokenizer)
+        wake_special_tokens(model, tokenizer, apart=0.1 if s["sft"]["lora_rank"] else 0.0)     # a frozen embedding cannot part two tokens of one vector
     val = examples[:max(1, min(200, len(examples) // 20))]
     rows = len(pack_examples(examples[len(val):], model.config.max_seq_len, tokenizer.pad_id))
     config = train_config(s, "sft", _steps(rows, s["sft"]))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KL_ESTIMATORS', 'kl_estimate', 'with_next', 'token_rewards', 'adapted_kl_coef', 'gae_slowly', 'gae', 'whiten',
-           'policy_loss', 'value_loss', 'token_logps', 'ActorCritic', 'PPOConfig', 'sample_answers', 'answer_rows',
-           'spread', 'token_quantities', 'explained_variance', 'rollout_stats', 'make_rollouts', 'reward_scorer',
-           'Rollouts', 'ppo_loss', 'train_ppo']
+           'policy_loss', 'value_loss', 'by_length', 'token_logps', 'ActorCritic', 'PPOConfig', 'sample_answers',
+           'answer_rows', 'spread', 'token_quantities', 'explained_variance', 'rollout_stats', 'make_rollouts',
+           'reward_scorer', 'Rollouts', 'ppo_loss', 'train_ppo']
 
 # %% ../nbs/07a_ppo.ipynb #bef71260
 import copy
@@ -105,6 +105,21 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
+# %% ../nbs/07a_ppo.ipynb #bl000001
+def by_length(run: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]], ids: Tensor, targets: Tensor, keep: Tensor, tokens: int = 1024) -> tuple[Tensor, ...]:
+    """What `run(ids, targets, keep)` gives for the kept places, `[N]` each, computed for rows of like length together and without the padding behind them.
+
+    Groups have about `tokens` places; their number depends on the shape of `ids` `[B, T]` alone, so that it is the same on all processes."""
+    parts = max(1, min(4, ids.numel() // tokens, len(ids)))
+    if parts == 1:
+        return run(ids, targets, keep)
+    lengths = (keep * torch.arange(1, keep.shape[1] + 1, device=keep.device)).amax(1)
+    groups = [(rows, max(1, int(lengths[rows].max()))) for rows in lengths.argsort(stable=True).tensor_split(parts)]
+    results = [run(ids[rows, :n], targets[rows, :n], keep[rows, :n]) for rows, n in groups]
+    number = keep.flatten().cumsum(0).view(keep.shape) - 1                            # the place of each in the answer
+    back = torch.cat([number[rows, :n][keep[rows, :n]] for rows, n in groups]).argsort()
+    return tuple(torch.cat(parts)[back] for parts in zip(*results))
+
 # %% ../nbs/07a_ppo.ipynb #267a353d
 def token_logps(policy: nn.Module, ids: Tensor, targets: Tensor, keep: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `targets` and entropies of the distributions that they were drawn from, both `[N]`, at the kept places of `ids` `[B, T]`.
@@ -132,7 +147,8 @@ class ActorCritic(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Log-probabilities of `targets`, entropies and values, each `[N]`, at the kept places of `ids` `[B, T]`."
-        return *token_logps(self.policy, ids, targets, keep, self.temperature), self.values(ids, keep)
+        both = lambda ids, targets, keep: (*token_logps(self.policy, ids, targets, keep, self.temperature), self.values(ids, keep))
+        return by_length(both, ids, targets, keep)
 
 # %% ../nbs/07a_ppo.ipynb #cf000001
 @dataclass
@@ -197,7 +213,7 @@ def _each_a_share(write: Callable, prompts: Sequence[list[int]], seed: int) -> l
     return [parts[i % n][i // n] for i in range(len(prompts))]
 
 # %% ../nbs/07a_ppo.ipynb #al000001
-def answer_rows(prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int, device=None, after: bool = False) -> dict[str, Tensor]:
+def answer_rows(prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int, device: torch.device | None = None, after: bool = False) -> dict[str, Tensor]:
     """Prompts with their answers as `ids`, `targets` and `mask` `[B, T]`: place t has read `ids` up to t and is to say `targets` at t; `mask` is 1 where
     that is a token of the answer. With `after` each row has one more place, where the whole answer has been read."""
     rows = [p + a for p, a in zip(prompts, answers)]
@@ -220,10 +236,10 @@ def token_quantities(model: ActorCritic, reference: Transformer, prompts: Sequen
     `old_values`, `rewards`, `deltas`, `advantages` (not whitened) and `returns`. `kl_coef` replaces the one of the settings."""
     b = answer_rows(prompts, answers, pad_id, scores.device, c.score_at == "after")
     keep, b["value_mask"] = b["mask"] > 0, with_next(b["mask"]) if c.score_at == "after" else b["mask"]
-    logps, entropy = token_logps(model.policy, b["ids"], b["targets"], keep, c.temperature)
-    b["old_logps"], b["entropy"] = spread(logps, keep), spread(entropy, keep)
-    b["ref_logps"] = spread(token_logps(reference, b["ids"], b["targets"], keep, c.temperature)[0], keep)
-    b["old_values"] = spread(model.values(b["ids"], b["value_mask"] > 0), b["value_mask"] > 0)
+    valued, rows = b["value_mask"] > 0, (b["ids"], b["targets"])
+    said, entropy, values = (spread(x, valued) for x in model(*rows, valued))
+    b["old_logps"], b["entropy"], b["old_values"] = said * b["mask"], entropy * b["mask"], values
+    b["ref_logps"] = spread(by_length(lambda *r: token_logps(reference, *r, c.temperature)[:1], *rows, keep)[0], keep)
     rewards = token_rewards(b["old_logps"], b["ref_logps"], scores, b["mask"], c.kl_coef if kl_coef is None else kl_coef, c.kl_estimator, c.score_at)
     b["rewards"] = whiten(rewards, b["value_mask"], shift_mean=False) if c.whiten_rewards else rewards
     b["deltas"] = gae(b["rewards"], b["old_values"], b["value_mask"], c.gamma, 0.0)

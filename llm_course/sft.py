@@ -135,13 +135,15 @@ MEANINGS = {"<|system|>": "Note:", "<|user|>": "Question:", "<|assistant|>": " A
 
 
 @torch.no_grad()
-def wake_special_tokens(model: Transformer, tokenizer: Tokenizer) -> None:
-    "Start the vectors of the role tokens at the mean of the words in `MEANINGS`, and that of `<|end|>` at the end of a document, in place."
+def wake_special_tokens(model: Transformer, tokenizer: Tokenizer, apart: float = 0.0) -> None:
+    """Start the vectors of the role tokens at the mean of the words in `MEANINGS`, and that of `<|end|>` at the end of a document, in place.
+
+    `apart` makes the last one longer by this share. It is needed where the embedding stays frozen (see `lora`): what has one vector gets one probability."""
     tables = [model.embed_tokens.weight] + ([model.lm_head.weight] if model.lm_head is not None else [])
     for table in tables:
         for token, words in MEANINGS.items():
             table[tokenizer.fast.token_to_id(token)] = table[tokenizer.encode(words)].mean(0)
-        table[tokenizer.end_id] = table[tokenizer.bos_id]
+        table[tokenizer.end_id] = (1 + apart) * table[tokenizer.bos_id]
 
 # %% ../nbs/06_sft.ipynb #65804f2d
 def sft(model: Transformer, examples: Sequence[dict], config: TrainConfig, tokenizer: Tokenizer, folder: str | Path | None = None,

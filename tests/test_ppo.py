@@ -234,6 +234,24 @@ def test_temperature_is_that_of_the_sampling():
     assert torch.allclose(entropy, torch.distributions.Categorical(logits=expected).entropy(), atol=1e-5)
 
 
+def test_rows_of_like_length_give_the_same_values_and_gradients():
+    "By groups, cut to their longest row, or all at once: equal but for rounding."
+    seed_all(0)
+    policy = Transformer(ModelConfig(50, dim=32, n_layers=2, n_heads=2, max_seq_len=64))
+    model = ActorCritic(policy, RewardModel(copy.deepcopy(policy)))
+    ids = torch.randint(50, (40, 60), generator=torch.Generator().manual_seed(0))
+    end = torch.randint(3, 61, (40,), generator=torch.Generator().manual_seed(1))
+    keep = (torch.arange(60) < end[:, None]) & (torch.arange(60) >= end[:, None] - 3)
+    assert ids.numel() >= 2 * 1024, "there must be groups"
+    grouped = model(ids, ids.roll(-1, 1), keep)
+    whole = *token_logps(policy, ids, ids.roll(-1, 1), keep), model.values(ids, keep)
+    for a, b in zip(grouped, whole):
+        assert torch.allclose(a, b, atol=1e-5)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for a, b in zip(*(torch.autograd.grad(logps.sum() + values.square().sum(), weights) for logps, _, values in (grouped, whole))):
+        assert torch.allclose(a, b, atol=1e-3)
+
+
 # ---- real prompts
 
 FILES = ("dpo_en_demo.json", "dpo_zh_demo.json", "hh_harmless-base_test.jsonl.gz", "rasbt_instruction-data-with-preference.json")
