@@ -17,16 +17,18 @@ from llm_course.hub import load_model
 from llm_course.pipeline import open_run, train_config
 from llm_course.ppo import PPOConfig, reward_scorer, train_ppo
 from llm_course.reading import read_rows, write_json
-from llm_course.reward import RewardModel
+from llm_course.reward import RewardModel, likelihood_scorer, likelihood_weight
 from llm_course.tokenizer import Tokenizer
 from llm_course.trainer import Callback
-from llm_course.world import grade, make_village, sample_tasks, vocabulary
+from llm_course.votes import filter_pairs
+from llm_course.world import grade, make_village, preference_rows, sample_tasks, vocabulary
 
 # name: settings of PPOConfig (and `updates`, `lr`), seed, judge. Most take ten rounds of answers: the curve of the first shows that little happens after.
 SHORT = {"updates": 10}
 ARMS = {**{f"β = 0.2, seed {s}": (SHORT, s, "reward model") for s in range(3)},
         **{f"{judge}, β = 0": (SHORT | {"kl_coef": 0.0, "lr": 3e-4}, 0, judge) for judge in ("thanks", "words")},
         **{f"β = {b:g}": (SHORT | {"kl_coef": b}, 0, "reward model") for b in (0.0, 0.8, 0.05)},
+        **{f"with likelihood, seed {s}": (SHORT, s, "with likelihood") for s in range(3)},
         **{f"30 rounds, seed {s}": ({}, s, "reward model") for s in range(3)},
         "30 rounds, β = 0, lr 3e-4": ({"kl_coef": 0.0, "lr": 3e-4}, 0, "reward model"), "thanks, β = 0.2": (SHORT | {"lr": 3e-4}, 0, "thanks"),
         "adaptive": (SHORT | {"kl_target": 1.0, "kl_horizon": 640, "kl_coef": 0.05}, 0, "reward model"), "score after": (SHORT | {"score_at": "after"}, 0, "reward model")}
@@ -52,9 +54,12 @@ class Material:
         return ask_tasks(model, self.tokenizer, tasks, max_new_tokens=self.s["eval"]["max_new_tokens"], sampling=Sampling(1.0), seed=self.s["seed"])
 
     def judge(self, kind: str):
-        "The reward model, or a flawed reward: number of polite phrases, number of words."
+        "The reward model, the same with the SFT model's log-probability of the answer added, or a flawed reward: number of polite phrases, number of words."
         if kind == "reward model":
             return reward_scorer(copy.deepcopy(self.reward_model), self.tokenizer.pad_id)
+        if kind == "with likelihood":
+            voted = filter_pairs(preference_rows(self.village, 300, "val", self.s["seed"]))[0]
+            return likelihood_scorer(self.reward_model, self.sft, likelihood_weight(self.reward_model, self.sft, voted, self.tokenizer), self.tokenizer.pad_id)
         count = {"thanks": lambda text: float(sum(text.count(p) for p in vocabulary()["polite"])), "words": lambda text: len(text.split()) / 5}[kind]
         return lambda prompts, answers: [count(self.tokenizer.answer(a)) for a in answers]
 

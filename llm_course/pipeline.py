@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from .grpo import GRPOConfig, task_prompts, train_grpo, verified_scorer
 from .preference import method_of, train_preference, unpaired_examples
 from .pretrain import MaskedRows, SampleTexts, bits_per_byte, fill_blanks, masked_accuracy, pretrain, tokenize_corpus
 from .report import write_report
-from .reward import RewardModel, as_gold, pair_correctness, pair_examples, train_reward
+from .reward import RewardModel, as_gold, likelihood_weight, pair_correctness, pair_examples, pair_logps, pair_rewards, train_reward
 from .tasks import word_tables
 from .lora import add_lora, merge_lora, save_lora
 from .formats import pair_to_kto
@@ -67,7 +67,8 @@ LAPTOP = {
     "model": {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 0, "max_seq_len": 128, "rope_theta": 10_000.0},
     "pretrain": {"tokens": 10_500_000, "batch_size": 16, "micro_batch": 0, "lr": 4e-3, "optimizer": "muon", "warmup": 0.02, "weight_decay": 0.1, "precision": "auto",
                  "objective": "clm", "mask_share": 0.15, "whole_words": False, "recompute": False, "compile": False},
-    "sft": {"epochs": 2.0, "batch_size": 8, "micro_batch": 0, "lr": 3e-4, "weight_decay": 0.01, "precision": "auto", "by": "token", "lora_rank": 0},
+    "sft": {"epochs": 2.0, "batch_size": 8, "micro_batch": 0, "lr": 3e-4, "weight_decay": 0.01, "precision": "auto", "by": "token", "kind": "nll",
+            "lora_rank": 0, "lora_lr": 3e-3},
     "reward": {"epochs": 1.0, "batch_size": 32, "micro_batch": 0, "lr": 5e-4, "weight_decay": 0.01, "precision": "auto", "centering": 0.01},
     "ppo": asdict(PPOConfig(rollouts=64, epochs=2, kl_coef=0.2)) | {"updates": 30, "batch_size": 32, "micro_batch": 0, "lr": 1e-4, "precision": "no"},
     "grpo": asdict(GRPOConfig()) | {"updates": 30, "batch_size": 64, "micro_batch": 0, "lr": 1e-4, "precision": "no",
@@ -175,8 +176,9 @@ def resolve(size: str = "laptop", changes: Sequence[str] = ()) -> dict:
     for stage in TRAINING:
         train_config(settings, stage, 1)
     method_of(settings["dpo"]["kind"]), _fields(PPOConfig, settings["ppo"]), _fields(GRPOConfig, settings["grpo"])
-    if settings["sft"]["by"] not in ("token", "example"):
-        raise UserError(f"sft.by={settings['sft']['by']!r} is unknown; choose token or example, over which the loss is averaged")
+    for key, known in (("by", ("token", "example")), ("kind", ("nll", "dft"))):
+        if settings["sft"][key] not in known:
+            raise UserError(f"sft.{key}={settings['sft'][key]!r} is unknown; choose {' or '.join(known)} (chapter 6)")
     if settings["pretrain"]["objective"] not in ("clm", "mlm"):
         raise UserError(f"pretrain.objective={settings['pretrain']['objective']!r} is unknown; choose clm (predict the next token) or mlm (fill blanks)")
     if not 0 < settings["pretrain"]["mask_share"] < 1:
@@ -554,8 +556,9 @@ def run_sft(run: Run, out: Path) -> dict:
     rows = len(pack_examples(examples[len(val):], model.config.max_seq_len, tokenizer.pad_id))
     config = train_config(s, "sft", _steps(rows, s["sft"]))
     if rank := s["sft"]["lora_rank"]:
+        config = replace(config, lr=s["sft"]["lora_lr"])     # an update of few parameters takes about ten times the learning rate
         add_lora(model, rank, alpha=2.0 * rank)
-    trainer = sft(model, examples[len(val):], config, tokenizer, out, val, max(1, config.steps // 4), _chat_callbacks(run, "sft", config, tokenizer), by=s["sft"]["by"])
+    trainer = sft(model, examples[len(val):], config, tokenizer, out, val, max(1, config.steps // 4), _chat_callbacks(run, "sft", config, tokenizer), by=s["sft"]["by"], kind=s["sft"]["kind"])
     model = trainer.whole_model()
     if is_main():
         if rank:
@@ -584,11 +587,24 @@ def run_reward(run: Run, out: Path) -> dict:
     if not is_main():
         return {}
     model.save(out, tokenizer)
-    test = as_gold(preference_rows(make_village(s["seed"], d["people"]), 500 if d["pairs"] > 500 else 100, "test", s["seed"]))
+    village = make_village(s["seed"], d["people"])
+    test = as_gold(preference_rows(village, 500 if d["pairs"] > 500 else 100, "test", s["seed"]))
     right = pair_correctness(model, test, tokenizer)
     by = {d: rate(sum(r for r, p in zip(right, test) if p["differs"] == d), sum(p["differs"] == d for p in test)) for d in ("style", "content")}
     longer = [sum(len(m["content"]) for m in p["chosen"]) > sum(len(m["content"]) for m in p["rejected"]) for p in test]
-    return {"reward": report | {"pair_accuracy": rate(sum(right), len(right)), "pair_accuracy_by_difference": by, "longest_answer_baseline": rate(sum(longer), len(longer))}}
+    voted = filter_pairs(preference_rows(village, 300 if d["pairs"] > 500 else 60, "val", s["seed"]), d["min_agreement"])[0]
+    return {"reward": report | {"pair_accuracy": rate(sum(right), len(right)), "pair_accuracy_by_difference": by, "longest_answer_baseline": rate(sum(longer), len(longer))}
+            | _with_likelihood(model, load_model(run.path("sft")).to(model.score.weight.device), voted, test, tokenizer)}
+
+
+def _with_likelihood(model: RewardModel, sft_model: Transformer, voted: Sequence[dict], test: Sequence[dict], tokenizer: Tokenizer) -> dict:
+    "How well reward and likelihood order pairs together; the weight comes from voted pairs that neither training nor test has. {} where they fix none."
+    try:
+        weight = likelihood_weight(model, sft_model, voted, tokenizer)
+    except UserError:
+        return {}
+    together = pair_rewards(model, test, tokenizer) + weight * pair_logps(sft_model, test, tokenizer)
+    return {"likelihood_weight": round(weight, 4), "pair_accuracy_with_likelihood": rate(int((together[:, 0] > together[:, 1]).sum()), len(test))}
 
 # %% ../nbs/10_pipeline.ipynb #0cbd66ae
 def run_ppo(run: Run, out: Path) -> dict:

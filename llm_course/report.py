@@ -55,6 +55,7 @@ def table_rows(m: dict) -> list[tuple[str, str, str]]:
     add("reward", "pairs in the order of the gold reward", get("reward", "pair_accuracy"))
     for difference, x in (get("reward", "pair_accuracy_by_difference") or {}).items():
         add("reward", f"… of pairs that differ in {difference}", x)
+    add("reward", "… with the SFT model's likelihood added", get("reward", "pair_accuracy_with_likelihood"))
     add("no model", "pairs: the longer answer", get("reward", "longest_answer_baseline"))
     for model in ("ppo", "dpo", "grpo"):
         add(model, "win rate against SFT (gold reward)", get(model, "win_rate_vs_sft"))
