@@ -158,8 +158,8 @@ if __name__ == "__main__":
     if args.save:
         material = material or Material(Path(args.run), cache)
         arms = {name: cached(cache, name, None) for name in chosen if file_of(cache, name).exists()}
-        frontier = [{k: a[k] for k in ("kl_coef", "seed", "kl", "gold", "win_rate", "length")} for n, a in arms.items()
-                    if a["judge"] == "reward model" and a["change"].keys() <= {"kl_coef", "updates"} and a["updates"] == SHORT["updates"]]
+        frontier = [{k: a[k] for k in ("kl_coef", "seed", "updates", "kl", "gold", "win_rate", "length")} for n, a in arms.items()
+                    if a["judge"] == "reward model" and a["change"].keys() <= {"kl_coef", "updates"}]
         gold = material.sft_gold["test"]
         greedy = gold_rewards(material.open_tasks["test"], ask_tasks(material.sft, material.tokenizer, material.open_tasks["test"], max_new_tokens=material.s["eval"]["max_new_tokens"]))
         sft = {"gold": mean_interval(gold), "greedy_win_rate": win_rate(greedy, gold), "best_possible_win_rate": win_rate([2.0] * len(gold), gold)}

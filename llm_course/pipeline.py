@@ -73,7 +73,7 @@ LAPTOP = {
     "ppo": asdict(PPOConfig(rollouts=64, epochs=2, kl_coef=0.2)) | {"updates": 30, "batch_size": 32, "micro_batch": 0, "lr": 1e-4, "precision": "no"},
     "grpo": asdict(GRPOConfig()) | {"updates": 30, "batch_size": 64, "micro_batch": 0, "lr": 1e-4, "precision": "no",
                                     "questions": 400, "kinds": ["form", "reading", "string", "counting", "arithmetic"]},
-    "dpo": {"epochs": 0.5, "batch_size": 32, "micro_batch": 0, "lr": 1e-4, "kind": "dpo", "beta": 0.3, "gamma": 0.5, "label_smoothing": 0.0,
+    "dpo": {"epochs": 0.5, "batch_size": 16, "micro_batch": 0, "lr": 1e-4, "kind": "dpo", "beta": 0.3, "gamma": 0.5, "label_smoothing": 0.0,
             "average": True, "precision": "auto"},
     "eval": {"max_new_tokens": 40, "preference_tasks": 400, "stories": 200},
 }
