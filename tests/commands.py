@@ -79,6 +79,17 @@ def as_launched(n: int, program: Path | str, *arguments: Path | str, **variables
     return [subprocess.Popen([sys.executable, str(program), *map(str, arguments)], env=ENV | variables | where | e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in each]
 
 
+def wait_for(processes: list[subprocess.Popen], timeout: float = 200) -> None:
+    "Until all have ended, and ended well: else the last that one said is in the error. None is left behind."
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=timeout)
+            assert process.returncode == 0, said[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def fresh_llm_course(*args: str, cwd: Path | str = ".", timeout: float = 300, **kw) -> subprocess.CompletedProcess:
     "The command as a user starts it, from nothing."
     return subprocess.run([sys.executable, "-m", "llm_course.cli", *map(str, args)], cwd=cwd, env=ENV, timeout=timeout, capture_output=True, text=True, **kw)

@@ -10,7 +10,8 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
 
-from commands import as_launched
+from commands import as_launched, wait_for
+from pairs import assert_same_end
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_course.grpo import ADVANTAGES, LOSS_TYPES, METHODS, GRPOConfig, answer_weights, group_advantages, group_stats, train_grpo, verified_scorer, task_prompts
@@ -19,7 +20,7 @@ from llm_course.step import TrainConfig
 from llm_course.tokenizer import train_tokenizer
 from llm_course.trainer import sum_over_processes  # noqa: F401  (loaded before processes are started)
 from llm_course.world import answer, make_tasks, make_village
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_ppo import digest, killed_often, lives, told, train  # noqa: F401  (lives is a fixture)
 
 RUNS = {**{name: ("grpo", METHODS[name]) for name in METHODS}, "grpo, twice": ("grpo", {"loss_type": "grpo", "clip_high": 0.3}), "bnpo": ("grpo", {"loss_type": "bnpo"}), "divided": ("grpo", {"divide": True}),
@@ -44,26 +45,13 @@ def all_runs(folder: Path) -> None:
 def folders(tmp_path_factory):
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     all_runs(one)
-    pair = as_launched(2, Path(__file__), two, ACCELERATE_USE_CPU="yes")
-    try:
-        for process in pair:
-            said, _ = process.communicate(timeout=200)
-            assert process.returncode == 0, said[-3000:]
-    finally:
-        for process in pair:
-            process.kill()
+    wait_for(as_launched(2, Path(__file__), two, ACCELERATE_USE_CPU="yes"))
     return one, two
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_end_where_one_ends(folders, name):
-    one, two = (json.loads((f / "curves.json").read_text())[name] for f in folders)
-    assert [r["step"] for r in one] == [r["step"] for r in two]
-    for a, b in zip(one, two):
-        assert a.keys() == b.keys()
-        assert all(abs(a[k] - b[k]) < 1e-4 for k in a if k != "tokens"), (a, b)
-    before, after = (load_file(f / f"{name}.safetensors") for f in folders)
-    assert max(float((before[k] - after[k]).abs().max()) for k in before) < 1e-4
+    assert_same_end(folders, name)
 
 
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(lives, tmp_path):  # noqa: F811

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from commands import as_launched
+from commands import as_launched, wait_for
+from pairs import assert_same_end
 from safetensors.torch import load_file
 
 PROGRAM = Path(__file__).with_name("stages_program.py")
@@ -18,27 +19,13 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     stages_program.all_stages(one)
     os.symlink(one / "tokenizer", two / "tokenizer")
-    pair = as_launched(2, PROGRAM, two, ACCELERATE_USE_CPU="yes")
-    try:
-        for process in pair:
-            said, _ = process.communicate(timeout=200)
-            assert process.returncode == 0, said[-3000:]
-    finally:
-        for process in pair:
-            process.kill()
+    wait_for(as_launched(2, PROGRAM, two, ACCELERATE_USE_CPU="yes"))
     return one, two
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_end_where_one_ends(folders, stage):
-    one, two = (json.loads((f / "curves.json").read_text())[stage] for f in folders)
-    assert [r["step"] for r in one] == [r["step"] for r in two]
-    for a, b in zip(one, two):
-        assert a.keys() == b.keys()
-        assert all(abs(a[k] - b[k]) < 1e-4 for k in a if k != "tokens"), (a, b)
-    before, after = (load_file(f / f"{stage}.safetensors") for f in folders)
-    assert before.keys() == after.keys()
-    assert max(float((before[k] - after[k]).abs().max()) for k in before) < 1e-4
+    assert_same_end(folders, stage)
 
 
 def test_the_stages_learn(folders):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import as_launched
+from commands import as_launched, wait_for
 from llm_course.model import ModelConfig, Transformer
 from llm_course.packing import packed_loss, stack_rows
 from llm_course.reading import UserError
@@ -110,14 +110,7 @@ def ran(tmp_path_factory):
     if find_spec("deepspeed") is None or torch.cuda.is_available():
         pytest.skip("DeepSpeed is not installed here")
     folder = tmp_path_factory.mktemp("zero")
-    started = as_launched(PROCESSES, __file__, folder, ACCELERATE_USE_DEEPSPEED="true")
-    try:
-        for process in started:
-            said, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, said[-4000:]
-    finally:
-        for process in started:
-            process.kill()
+    wait_for(as_launched(PROCESSES, __file__, folder, ACCELERATE_USE_DEEPSPEED="true"), 300)
     return [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(PROCESSES)]
 
 
