@@ -46,6 +46,22 @@ def test_shape(path):
         assert any("#| default_exp" in c["source"] for c in found)
 
 
+def speaks(source: str) -> bool:
+    "Does a cell leave something to be seen for certain: a print or a display at its top level, or a figure?"
+    tree = ast.parse("\n".join(line for line in source.split("\n") if not line.startswith(("%", "!"))))
+    name = lambda call: getattr(call.func, "id", getattr(call.func, "attr", ""))
+    calls = [c for node in tree.body if isinstance(node, (ast.Expr, ast.Assign)) for c in ast.walk(node) if isinstance(c, ast.Call)]
+    shown = [node.value for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+    return any(name(c) == "subplots" for c in calls) or any(name(c) == "print" for c in shown) or bool(shown) and name(shown[-1]) in ("Markdown", "HTML", "show_chat", "show_task")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_is_to_be_seen_was_saved(path):
+    "A reader of the site sees only what the last run from top to bottom left in the file."
+    code = [(n, c) for n, c in enumerate(cells(path)) if c["cell_type"] == "code" and not re.search(r"^#\|\s*(exports?|eval: false)\b", c["source"], re.M)]
+    assert not [n for n, c in code if speaks(c["source"]) and not c["outputs"]]
+
+
 def test_each_entry_of_the_box_is_a_paragraph():
     "What you will build, need, and how long it takes: pandoc, which renders the site, joins lines that no blank line parts."
     pandoc = pytest.importorskip("pypandoc")
