@@ -25,7 +25,7 @@ def _clean(texts: Sequence[str]) -> list[str]:
     "Texts without lone surrogates, which cannot be hashed."
     return [t.encode("utf-8", "replace").decode("utf-8") for t in texts]
 
-
+# %% ../nbs/02b_classifier.ipynb #600189ec
 class QualityClassifier:
     """Logistic regression on hashed pieces of text (scikit-learn): what distinguishes the examples labelled 1 from those labelled 0.
 

@@ -63,7 +63,7 @@ def _sorted(row: dict, source: str, fallback: str) -> Iterator[tuple[str, dict]]
                 raise DataError(problem)
             yield "conversations", {"messages": as_text(messages)}
 
-
+# %% ../nbs/02d_corpus.ipynb #f8305e26
 def sort_rows(rows: Iterable[tuple[str, dict]], source: str, part: int = 0) -> Iterator[tuple[str, dict]]:
     """Rows `(where, row)` as `(kind, row)`, the kind one of `KINDS`; a dropped row is `{"where", "reason"}`.
 

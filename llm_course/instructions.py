@@ -139,7 +139,7 @@ class ChatEndpoint:
                 time.sleep(pause)
         raise UserError(f"{self.url} did not answer in {self.retries + 1} attempts of {self.timeout:g} s: {problem}. Is the service running?")
 
-
+# %% ../nbs/02b_instructions.ipynb #7cee6d55
 def _reply(raw: bytes, url: str) -> str:
     "The text in a chat completion."
     try:

@@ -96,7 +96,7 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16.0, targets: Sequ
     _replace(model, lambda name, m: name in targets and isinstance(m, nn.Linear), lambda m: LoRALinear(m, rank, alpha, rslora, dropout))
     return model
 
-
+# %% ../nbs/06a_lora.ipynb #a47e38e5
 def merge_lora(model: nn.Module) -> nn.Module:
     "Add all updates to their weights and remove the wrappers, in place; everything is trainable again."
     _replace(model, lambda name, m: isinstance(m, LoRALinear), lambda m: m.merged())
@@ -144,7 +144,7 @@ def save_lora(model: nn.Module, folder: str | Path, base: str | None = None) -> 
         write_json(out / "adapter_config.json", config)
         write_tensors(tensors, out / "adapter_model.safetensors")
 
-
+# %% ../nbs/06a_lora.ipynb #6cf8c9b8
 def _adapter_config(folder: Path) -> dict:
     "The settings of an adapter folder. Raises UserError for one that is missing or asks for something else than plain LoRA, DataError for a damaged one."
     path = folder / "adapter_config.json"

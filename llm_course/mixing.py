@@ -242,7 +242,7 @@ class StreamMix:
         self.next_docs[source] = self._read(source)
         return doc
 
-
+# %% ../nbs/02c_mixing.ipynb #3b241b37
 def stream_mix(iterators: dict[str, Iterable | Callable[[int], Iterable]], weights: dict[str, float], seed: int = 0,
                size_of: Callable[[dict], float] = _byte_size, max_epochs: int | None = 1, state: dict | None = None) -> StreamMix:
     """Mix streams larger than memory: an iterator of documents that holds one document a source.

@@ -214,7 +214,7 @@ STAGES = {"prepare": ("corpus", ()), "tokenizer": ("tokenizer", ("prepare",)), "
 SECTIONS = {"prepare": ("seed", "data"), "tokenizer": ("tokenizer",), "pretrain": ("seed", "model", "pretrain")}
 BESIDE = ("grpo",)                                 # stages that only those run who ask for them
 CHAIN = tuple(s for s in STAGES if s not in BESIDE)
-FORMAT = 1                                         # raise it when a stage's output changes its meaning
+FORMAT = 2                                         # raise it when a stage's output changes its meaning
 
 
 @dataclass
@@ -250,7 +250,7 @@ class Run:
         if not self.quiet and is_main():
             print(text, flush=True)
 
-
+# %% ../nbs/10_pipeline.ipynb #5e530f78
 def _stored_key(folder: Path) -> str | None:
     try:
         return json.loads((folder / "stage.json").read_text(encoding="utf-8"))["key"]
@@ -261,7 +261,7 @@ def _stored_key(folder: Path) -> str | None:
 def _fingerprint(path: str) -> list:
     return [path] if path == "-" else [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in data_files(path)]
 
-
+# %% ../nbs/10_pipeline.ipynb #abf2d268
 def is_main() -> bool:
     "Is this the process that writes (the only one, unless a launcher started several)?"
     return int(os.environ.get("RANK", "0")) == 0

@@ -139,7 +139,7 @@ class Card:
         "Operations a second of a run in bf16 or in float32. A card without bf16 works it out in float32, so that is its peak for both."
         return self.peak if bf16 and self.bf16 else self.float32 * 1e12
 
-
+# %% ../nbs/05a_scale.ipynb #9d39eb33
 CARDS = {key: Card(*values) for key, values in {       # manufacturers' data sheets; a link is NVLink, Infinity Fabric, or PCIe of 16 lanes;
     # float32 is that of the ordinary cores ("FP32", not "TF32"): PyTorch multiplies float32 matrices with these unless told otherwise
     "b200": ("B200", 180, 8000, 900, "B200", 75), "h200": ("H200", 141, 4800, 450, "H200", 67), "h100": ("H100", 80, 3350, 450, "H100", 67),

@@ -317,7 +317,7 @@ def in_pieces(accelerator: "Accelerator", weights: bool = False) -> bool:
     stage = state.deepspeed_plugin.zero_stage if getattr(state, "deepspeed_plugin", None) is not None else 0
     return getattr(state, "fsdp_plugin", None) is not None or stage >= 3 - (not weights)
 
-
+# %% ../nbs/05_loop.ipynb #9bd2859f
 class Engine:
     """One model and its optimizer, on one process, with DDP or with FSDP2: what depends on how a run is divided.
     `wrapped` is the model to call in training, `evaluated` the one to measure on."""

@@ -304,7 +304,7 @@ def school_task(kind: str, rng: random.Random, split: str = "train") -> dict:
         if split_of(content) == split:
             return task
 
-
+# %% ../nbs/01a_world.ipynb #fb4892db
 def _words(rng: random.Random, n: int) -> list[str]:
     return rng.sample(vocabulary()["story"]["things"], n)
 
@@ -321,7 +321,7 @@ def _string_task(rng: random.Random) -> tuple[dict, str]:
     others = [" ".join(words), " ".join(words[1:] + words[:1])] if sub == "reverse" else words
     return _school("string", sub, rng, value, others, W=" ".join(words)), " ".join(sorted(words))
 
-
+# %% ../nbs/01a_world.ipynb #890956ae
 def _counting_task(rng: random.Random) -> tuple[dict, str]:
     sub = rng.choice(["count", "times"])
     n = rng.randint(2, 7) if sub == "count" else rng.randint(1, 5)
@@ -415,7 +415,7 @@ def accepted(task: dict) -> set[str]:
     templates = task["statements"] + [task["short"]] + ([task["one_word"]] if task["one_word"] else [])
     return {_normal(fill(t, **v)) for t in templates for v in values}
 
-
+# %% ../nbs/01a_world.ipynb #61cc65db
 def grade(task: dict, text: str) -> dict:
     """Take an answer apart.
 
@@ -444,7 +444,7 @@ def form_is_right(task: dict, text: str) -> bool:
     tails = [""] if task["form"] == "sentence" else [" " + p for p in vocab["polite"]]
     return any(text == s + t for s in statements for t in tails)
 
-
+# %% ../nbs/01a_world.ipynb #eae20c5e
 def gold_reward(task: dict, text: str) -> float:
     """How good an answer is, from about -3 to 2: the sum of right (1), complete (0.5), polite (0.5), minus 0.3 a filler sentence,
     0.5 a rude one, 0.05 a superfluous word. A form task gives 2 for the right form, 0.5 for the right content in another form."""
@@ -586,7 +586,7 @@ def _latex(text: str, rng: random.Random) -> tuple[str, str]:
     body = body[::-1].replace(last[::-1], rf"\emph{{{last}}}"[::-1], 1)[::-1]
     return f"\\begin{{quote}}\n{body}\n\\end{{quote}}\n", text
 
-
+# %% ../nbs/01a_world.ipynb #50636388
 def _boilerplate(text: str, rng: random.Random) -> tuple[str, str]:
     lines = rng.sample(vocabulary()["mess"]["boilerplate"], 3)
     return "\n".join([lines[0], text, *lines[1:]]), text
@@ -610,7 +610,7 @@ def _foreign(text: str, rng: random.Random) -> str:
     start = 4 * rng.randrange(len(pool) // 4)  # four sentences a language
     return " ".join(rng.choices(pool[start:start + 4], k=5))
 
-
+# %% ../nbs/01a_world.ipynb #e3050e8f
 def _exact_copy(text: str, rng: random.Random) -> str:
     return rng.choice([text, text + "\n", text.replace(". ", ".  "), text.replace("\n", "\n\n")])
 
@@ -711,7 +711,7 @@ def _candidate(task: dict, rng: random.Random) -> str:
     style = rng.choice(STYLES)
     return wrong_answer(task, rng, style) if rng.random() < WRONG else answer(task, rng, style)
 
-
+# %% ../nbs/01a_world.ipynb #47233029
 def preference_rows(village: Village, n: int, split: str = "train", seed: int = 0, shares: dict[str, float] | None = None) -> list[dict]:
     """`n` preference pairs with the votes of `ANNOTATORS` (probability of agreeing with the gold reward), 1 for `chosen`.
 
@@ -765,7 +765,7 @@ def _parsed(files: list[Path], seed: int) -> Iterator[tuple[Path, str, ast.Modul
         except (SyntaxError, UnicodeDecodeError, ValueError, OSError):
             continue  # templates and fixtures that are no Python
 
-
+# %% ../nbs/01a_world.ipynb #a3388cc4
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
     "The statements of a module in the order of `ast.walk`, without walking through their expressions, which hold none."
     todo = deque([tree])
@@ -795,7 +795,7 @@ def _topics() -> Iterator[tuple[str, str]]:
     for name, text in sorted(topics.items()):
         yield f"topics/{name}", text.strip()
 
-
+# %% ../nbs/01a_world.ipynb #770b02fa
 def python_docs(n_bytes: int, seed: int = 0) -> list[dict]:
     "Up to `n_bytes` of documentation: language topics, docstrings of the standard library and of installed packages, in turn."
     out, size = [], 0
@@ -814,7 +814,7 @@ def python_docs(n_bytes: int, seed: int = 0) -> list[dict]:
                 size += len(text.encode())
     return out
 
-
+# %% ../nbs/01a_world.ipynb #95ff6ca1
 def python_code(n_bytes: int, seed: int = 0, max_chars: int = 3000) -> list[dict]:
     "Up to `n_bytes` of the standard library's source, cut between top-level statements into documents of about `max_chars`."
     out, size = [], 0

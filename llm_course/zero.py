@@ -52,7 +52,7 @@ def zero_accelerator(precision: str = "no") -> "Accelerator":
     plugin.zero_stage, plugin.gradient_accumulation_steps = settings["zero_optimization"]["stage"], 1
     return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [])
 
-
+# %% ../nbs/05a_zero.ipynb #923ee03e
 DRIVABLE = {"": ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print", "wall_clock_breakdown",
                  "zero_allow_untested_optimizer", "zero_optimization", "fp16", "bf16"),
             "zero_optimization": ("stage", "offload_optimizer", "offload_param", "allgather_partitions", "allgather_bucket_size", "reduce_scatter", "reduce_bucket_size",
@@ -204,7 +204,7 @@ def zero_optimizer_state(engine: ZeroEngine, keep: bool) -> dict[str, Tensor]:
                 named[f"{engine.names[id(p)]}.{key}"] = value.detach().cpu().clone()
     return named
 
-
+# %% ../nbs/05a_zero.ipynb #1ec329e3
 def load_zero(engine: ZeroEngine, weights: dict[str, Tensor], optimizer_state: dict[str, Tensor]) -> None:
     """Take both from whole tensors; all processes call it, with the same. Raises UserError, on all of them and before anything is changed,
     for names or shapes that are not those of the model."""
