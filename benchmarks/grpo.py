@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import torch
-from ppo import cached, file_of, origin, rounded
+from ppo import cached, file_of, origin
+from record import arguments, rounded, save
 
 from llm_course.evaluate import accuracy_by_kind, ask_tasks, rate, sequence_kl
 from llm_course.generate import Sampling
@@ -77,7 +78,6 @@ def one_arm(m: Material, method: str, lr: float, seed: int, updates: int, split:
 
 
 if __name__ == "__main__":
-    from record import arguments, save
     args = arguments(__doc__, run="runs/laptop", cache="runs/grpo-cache", updates=25, seeds=3, methods="grpo,ppo", rates="1e-4,3e-4", more="rloo,dr_grpo,reinforce++", new=1000)
     torch.set_num_threads(1)
     cache, rates = Path(args.cache), [float(r) for r in args.rates.split(",")]

@@ -5,11 +5,11 @@ answers to open tasks about validation people show what the world's gold reward 
 `pipeline.run_eval`: 400 open tasks about test people, one sampled answer each, against the SFT model's answers to the same."""
 import copy
 import json
-import shlex
 import time
 from pathlib import Path
 
 import torch
+from record import arguments, command_of, rounded, save
 
 from llm_course.evaluate import ask_tasks, gold_rewards, mean_interval, sequence_kl, win_rate
 from llm_course.generate import Sampling
@@ -77,15 +77,6 @@ class GoldCurve(Callback):
             trainer.model.train()
 
 
-def rounded(x, digits: int = 4):
-    "Figures short enough for a record."
-    if isinstance(x, dict):
-        return {k: rounded(v, digits) for k, v in x.items()}
-    if isinstance(x, list):
-        return [rounded(v, digits) for v in x]
-    return round(x, digits) if isinstance(x, float) else x
-
-
 def measured(m: Material, policy) -> dict:
     "Gold reward, win rate, KL and length of a policy on the open tasks about test people."
     tasks = m.open_tasks["test"]
@@ -131,15 +122,11 @@ def cached(folder: Path, name: str, work) -> dict:
 
 def origin(folder: Path) -> dict:
     "On which model it was measured."
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    base = json.loads((folder / "base" / "metrics.json").read_text(encoding="utf-8"))["pretrain"]
-    words = shlex.split(config["command"])
-    where = words.index("--out") if "--out" in words else len(words)
-    return {"command": shlex.join(["llm_course", *(w for w in words[1:where] + words[where + 2:] if w != "--update")]), "pretrain_tokens": base["tokens"], "val_loss": round(base["val_loss"], 4), "ppo": config["settings"]["ppo"]}
+    config, base = (json.loads((folder / f).read_text(encoding="utf-8")) for f in ("config.json", "base/metrics.json"))
+    return {"command": command_of(folder), "pretrain_tokens": base["pretrain"]["tokens"], "val_loss": round(base["pretrain"]["val_loss"], 4), "ppo": config["settings"]["ppo"]}
 
 
 if __name__ == "__main__":
-    from record import arguments, save
     args = arguments(__doc__, run="runs/laptop", arms="", cache="runs/ppo-cache", new=1000)
     torch.set_num_threads(1)
     chosen, cache, material = [a for a in args.arms.split(";") if a] or list(ARMS), Path(args.cache), None

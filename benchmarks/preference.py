@@ -5,12 +5,11 @@ are kept in a folder beside the run (--cache), so that a stopped benchmark goes 
 import copy
 import hashlib
 import json
-import re
 import time
 from pathlib import Path
 
 import torch
-from record import arguments, save
+from record import arguments, command_of, rounded, save
 from safetensors.torch import load_file, save_file
 
 from llm_course.hub import load_model
@@ -129,15 +128,6 @@ def brief(row: dict) -> dict:
     return {k: v["value"] if k in ("gold", "length", "ends") else v for k, v in row.items() if k != "right"}
 
 
-def rounded(value, digits: int = 4):
-    "Figures with as many digits as they deserve."
-    if isinstance(value, dict):
-        return {k: rounded(v, digits) for k, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v, digits) for v in value]
-    return round(value, digits) if isinstance(value, float) and abs(value) >= 0.01 else value
-
-
 def online(study: Study, lr: float, beta: float, rounds: int, steps: int, seed: int) -> dict:
     "DPO on the present policy's own answers, judged by the gold reward: in each round new pairs; the reference stays the SFT model."
     path, start = study.cache / f"online-{lr}-{beta}-{rounds}-{steps}-{seed}.json", time.perf_counter()
@@ -192,9 +182,8 @@ def packing(study: Study, rounds: int = 4) -> dict:
 
 def about(folder: Path) -> dict:
     "On which model this was measured."
-    config, read = json.loads((folder / "config.json").read_text()), lambda stage: json.loads((folder / stage / "metrics.json").read_text())
-    command = "llm_course " + re.sub(r"--out \S+", f"--out {folder}", config["command"].partition(" ")[2])
-    return {"command": command, "pretrain": {k: read("base")["pretrain"][k] for k in ("parameters", "tokens", "val_loss")}, "sft": {"val_loss": read("sft")["sft"]["val_loss"]}}
+    read = lambda stage: json.loads((folder / stage / "metrics.json").read_text())
+    return {"command": command_of(folder), "pretrain": {k: read("base")["pretrain"][k] for k in ("parameters", "tokens", "val_loss")}, "sft": {"val_loss": read("sft")["sft"]["val_loss"]}}
 
 
 def main():

@@ -1,6 +1,8 @@
 """What every benchmark script shares: the folder of real files, and records with command, hardware and versions."""
 import argparse
+import json
 import os
+import shlex
 import sys
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +42,22 @@ def save(name: str, what: str, figures: dict, packages: tuple[str, ...] = ()) ->
                       "date": date.today().isoformat(), "environment": env, "figures": figures})
     print(f"written: {path.relative_to(ROOT)}")
     return path
+
+
+def rounded(value, digits: int = 4):
+    "Figures with as many digits as they deserve; small ones keep theirs."
+    if isinstance(value, dict):
+        return {k: rounded(v, digits) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v, digits) for v in value]
+    return round(value, digits) if isinstance(value, float) and abs(value) >= 0.01 else value
+
+
+def command_of(run: Path) -> str:
+    "The command that made a run, without its folder and without --update: what decides the result."
+    words = shlex.split(json.loads((run / "config.json").read_text(encoding="utf-8"))["command"])
+    where = words.index("--out") if "--out" in words else len(words)
+    return shlex.join(["llm_course", *(w for w in words[1:where] + words[where + 2:] if w != "--update")])
 
 
 def arguments(doc: str, **extra) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from record import ROOT, arguments, save, testdata
+from record import ROOT, arguments, command_of, save, testdata
 
 from llm_course.evaluate import mean_interval, rate
 from llm_course.formats import convert
@@ -88,7 +88,7 @@ def about_run(run: Path) -> dict:
     "On which model was it measured?"
     config, metrics = (json.loads((run / f).read_text(encoding="utf-8")) for f in ("config.json", "base/metrics.json"))
     s = config["settings"]
-    return {"command": config["command"].replace(str(run.resolve()), str(run)).replace("cli.py", "llm_course", 1), "pretraining_tokens": s["pretrain"]["tokens"], "pretrain_val_loss": metrics["pretrain"]["val_loss"], "model": s["model"], "pairs": s["data"]["pairs"]}
+    return {"command": command_of(run), "pretraining_tokens": s["pretrain"]["tokens"], "pretrain_val_loss": metrics["pretrain"]["val_loss"], "model": s["model"], "pairs": s["data"]["pairs"]}
 
 
 def accuracies(pairs: list[dict], right) -> dict:
