@@ -64,7 +64,7 @@ def in_parts(lab: Lab, tasks: list[dict], n: int, max_new_tokens: int, size: int
 
 
 def likelihood_share(lab: Lab) -> float:
-    "The a in r + a log p(answer), by the choices of val people's pairs: majority votes, none of them trained on."
+    "The a in r + a log p(answer), by the choices of val people's pairs on which four of five annotators agree; none of them was trained on."
     held_out, _ = filter_pairs(preference_rows(lab.village, 300, "val", lab.seed))
     return likelihood_weight(RewardModel.load(lab.run / "reward"), lab.body(), held_out, lab.tokenizer)
 

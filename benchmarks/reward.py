@@ -18,7 +18,6 @@ from llm_course.evaluate import mean_interval, rate
 from llm_course.formats import convert
 from llm_course.hub import load_model
 from llm_course.model import ModelConfig, Transformer
-from llm_course.preference import answer_logps
 from llm_course.reading import read_rows
 from llm_course.reward import (RewardModel, as_gold, bradley_terry_loss, calibration, calibration_error, fit_choices, length_slope, pair_examples, pair_rewards,
                                reward_batch, rewards_of, train_reward)
@@ -79,9 +78,18 @@ class Lab:
 
     def scores(self, result: dict, split: str = "test") -> dict:
         "Accuracy by what a pair's answers differ in, and calibration, of one arm."
-        pairs, r = getattr(self, split), torch.tensor(result[split], dtype=torch.float64)
-        gaps = r[:, 0] - r[:, 1]
-        return accuracies(pairs, gaps > 0) | {"ece": calibration_error(calibration(gaps))}
+        gaps = self.gaps(result, split)
+        return accuracies(getattr(self, split), gaps > 0) | {"ece": calibration_error(calibration(gaps))}
+
+    def gaps(self, result: dict, split: str = "test") -> torch.Tensor:
+        r = torch.tensor(result[split], dtype=torch.float64)
+        return r[:, 0] - r[:, 1]
+
+    def noisy_error(self, result: dict, share: float, draws: int = 20) -> float:
+        "The calibration error against labels of which a share is turned round: mean of some draws."
+        gaps, draw = self.gaps(result), torch.Generator().manual_seed(0)
+        turned = [torch.where(torch.rand(len(gaps), generator=draw) < share, -gaps, gaps) for _ in range(draws)]
+        return sum(calibration_error(calibration(g)) for g in turned) / draws
 
 
 def about_run(run: Path) -> dict:
@@ -97,9 +105,9 @@ def accuracies(pairs: list[dict], right) -> dict:
 
 
 def pooled(runs: list[dict], key: str = "all") -> dict:
-    "Mean over seeds with the interval of the pooled pairs, and each seed's value."
-    hits, n = sum(round(r[key]["value"] * r[key]["n"]) for r in runs), sum(r[key]["n"] for r in runs)
-    return rate(hits, n) | {"by_seed": [round(r[key]["value"], 4) for r in runs]}
+    "Mean over seeds with the interval for one test set, for the seeds share it, and each seed's value."
+    n = runs[0][key]["n"]
+    return rate(round(sum(r[key]["value"] for r in runs) / len(runs) * n), n) | {"by_seed": [round(r[key]["value"], 4) for r in runs]}
 
 
 def many(runs: list[dict]) -> dict:
@@ -161,8 +169,8 @@ def votes_and_noise(lab: Lab, n: int = 1000, seeds: int = 1) -> dict:
         runs = [lab.scores(lab.curve(n, s) if name == "majority" else lab.arm(f"votes-{i}-{s}", kept[s], steps_for(n), s)) for s in range(seeds)]
         votes[name] = {"pairs": sum(map(len, kept)) / seeds, "labels_right": sum(map(labels_right, kept, parts)) / seeds} | many(runs)
     for share in (0.2, 0.4):
-        runs = [lab.scores(lab.arm(f"noise-{share}-{s}", flipped(parts[s], share, s), steps_for(n), s)) for s in range(1)]
-        noise.append({"share": share} | many(runs))
+        result = lab.arm(f"noise-{share}-0", flipped(parts[0], share, 0), steps_for(n), 0)
+        noise.append({"share": share} | many([lab.scores(result)]) | {"ece_noisy": lab.noisy_error(result, share)})
     return {"votes": votes, "noise": [{"share": 0.0} | {k: v for k, v in votes["true order"].items() if k not in ("pairs", "labels_right")}] + noise, "pairs": n}
 
 

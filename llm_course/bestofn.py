@@ -23,8 +23,8 @@ def subset_weights(N: int, n: int) -> Tensor:
     "The probability `[N]` that the answer at each place, worst first, is the best of `n` drawn from `N` without putting back. Raises UserError unless 1 ≤ n ≤ N."
     if not 1 <= n <= N:
         raise UserError(f"n={n} answers cannot be drawn from a pool of {N}; choose n from 1 to {N}")
-    log_choose = lambda a, b: math.lgamma(a + 1) - math.lgamma(b + 1) - math.lgamma(a - b + 1)
-    return torch.tensor([math.exp(log_choose(k - 1, n - 1) - log_choose(N, n)) if k >= n else 0.0 for k in range(1, N + 1)], dtype=torch.float64)
+    subsets = math.comb(N, n)
+    return torch.tensor([math.comb(k - 1, n - 1) / subsets for k in range(1, N + 1)], dtype=torch.float64)
 
 
 def best_of_n(proxy: Tensor, values: Tensor, n: int) -> Tensor:

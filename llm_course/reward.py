@@ -37,10 +37,11 @@ def fit_choices(differences: Tensor, ridge: float = 0.0, steps: int = 100) -> Te
         p = torch.sigmoid(-x @ w)                                   # how surprising each choice is
         hessian = (x * (p * (1 - p))[:, None]).T @ x + ridge * torch.eye(len(w), dtype=torch.float64)
         step = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-13) @ (x.T @ p - ridge * w)
-        w = w + step * min(1.0, 2.0 / float(step.abs().max().clamp(min=1e-12)))
-        if step.abs().max() < 1e-10:
+        moved = (x @ step).abs().max() if len(x) else x.new_zeros(())      # no choice by more than 2: a cap that does not depend on the scale of the features
+        w = w + step * min(1.0, 2.0 / float(moved.clamp(min=1e-12)))
+        if moved < 1e-10:
             break
-    if not len(x) or not ridge and _undecided(x, w) < 1e-8:
+    if not len(x) or not ridge and _undecided(x, w) < 1e-6:
         raise UserError(f"the {len(x)} choices fix no finite weights: something was always chosen, or nothing was compared; give more choices, or a ridge above 0")
     return w
 
@@ -103,8 +104,8 @@ def pair_examples(pairs: Sequence[dict], tokenizer: Tokenizer, max_len: int) -> 
     examples, report = [], {"pairs": 0, "too_long": 0}
     for pair in pairs:
         example = {"margin": float(pair["margin"])} if "margin" in pair else {}
+        prompt = tokenizer.chat(pair["prompt"])[0]
         for side in ("chosen", "rejected"):
-            prompt = tokenizer.chat(pair["prompt"])[0]
             ids, _ = tokenizer.chat([*pair["prompt"], *pair[side]])
             example[f"{side}_ids"] = ids
             example[f"{side}_labels"] = [-100] * (len(prompt) + 1) + ids[len(prompt) + 1:]  # the role token is given
@@ -117,9 +118,9 @@ def pair_examples(pairs: Sequence[dict], tokenizer: Tokenizer, max_len: int) -> 
 
 
 def reward_batch(examples: Sequence[dict], pad_id: int) -> dict[str, Tensor]:
-    "A pair batch (all chosen rows, then all rejected ones) with the `margin` `[B]` of each pair, where the examples have one."
+    "A pair batch (all chosen rows, then all rejected ones) with the `margin` `[B]` of each pair (0 where it has none), if any has one."
     batch = pair_batch(examples, pad_id)
-    return batch | ({"margin": torch.tensor([e["margin"] for e in examples])} if "margin" in examples[0] else {})
+    return batch | ({"margin": torch.tensor([e.get("margin", 0.0) for e in examples])} if any("margin" in e for e in examples) else {})
 
 # %% ../nbs/07_reward_model.ipynb #d7b8da76
 def reward_loss(model: RewardModel, batch: dict[str, Tensor], centering: float = 0.01) -> tuple[Tensor, int, dict]:
@@ -240,9 +241,12 @@ def pair_logps(model: Transformer, pairs: Sequence[dict], tokenizer: Tokenizer) 
 def likelihood_weight(model: RewardModel, language_model: Transformer, pairs: Sequence[dict], tokenizer: Tokenizer) -> float:
     """The `a` for which reward + a · log-probability orders held-out `pairs` best: by the maximum likelihood of their choices.
 
-    The pairs must not be those that the reward model was trained on. Raises UserError where they fix no finite weights."""
+    The pairs must not be those that the reward model was trained on. Raises UserError where they fix no finite weights,
+    and where the reward beside the log-probability orders them no better than chance."""
     both = torch.stack([pair_rewards(model, pairs, tokenizer), pair_logps(language_model, pairs, tokenizer)], -1)       # [N, 2, features]
     w = fit_choices(both[:, 0] - both[:, 1])
+    if w[0] <= 0:
+        raise UserError("the reward model orders these pairs no better than chance beside the log-probability; no weight can be given")
     return (w[1] / w[0]).item()
 
 

@@ -99,8 +99,11 @@ def test_choices_are_fitted_as_scikit_learn_fits_them():
     for ridge in (0.5, 20.0):
         known = LogisticRegression(C=1 / ridge, fit_intercept=False, tol=1e-10, max_iter=1000).fit(x.numpy(), won.numpy())
         assert fit_choices(differences, ridge).tolist() == pytest.approx(known.coef_[0].tolist(), abs=1e-5)
+        assert fit_choices(0.001 * differences).tolist() == pytest.approx((1000 * fit_choices(differences)).tolist(), rel=1e-6)     # the scale of a feature is its weight's
     with pytest.raises(UserError, match="no finite weights"):
         fit_choices(x.abs())
+    with pytest.raises(UserError, match="no finite weights"):
+        fit_choices(torch.tensor([[0.01], [0.01]]))
 
 
 def test_a_temperature_changes_certainty_and_no_order():
@@ -174,6 +177,6 @@ def test_the_records_hold_figures_only():
         assert json.loads(text)["figures"]["run"]["pretraining_tokens"] > 0
 
 
-def test_the_loss_is_bounded_below_by_its_margin():
+def test_equal_rewards_cost_ln_2_and_more_with_a_margin():
     r = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert (bradley_terry_loss(r, r) == math.log(2)).all() and (bradley_terry_loss(r, r, margin=2.0) > math.log(2)).all()
