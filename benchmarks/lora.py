@@ -87,7 +87,8 @@ def main() -> None:
     one = lambda name, lr, rank, **kw: cache(f"{name}-{lr:g}", lambda: arm(m, lr, rank, **kw))
     figures = {"run": m.about(), "conversations": N, "epochs": EPOCHS, "memory": cache("memory", memory), "rank 8": [one("r8", lr, 8) for lr in LORA_RATES]}
     best = max(figures["rank 8"], key=score)["lr"]
-    figures["ranks"] = [max((one(f"r{r}", lr, r) for lr in LORA_RATES if lr <= best), key=score) for r in RANKS]
+    figures["tried"] = {str(r): [one(f"r{r}", lr, r) for lr in LORA_RATES if lr <= best] for r in RANKS}
+    figures["ranks"] = [max(arms, key=score) for arms in figures["tried"].values()]
     figures["not woken"] = one("r8-asleep", best, 8, wake=False)
     figures["one vector"] = one("r8-together", best, 8, apart=0.0)
     figures["targets"] = {name: one(f"r8-{'-'.join(t)}", best, 8, targets=t) for name, t in PARTS.items()}

@@ -158,6 +158,8 @@ def _adapter_config(folder: Path) -> dict:
     plain = {"peft_type": "LORA", "bias": "none"}
     odd = [f"{k}={c[k]!r}" for k, v in plain.items() if c.get(k, v) != v]
     odd += [f"{k}={c[k]!r}" for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "fan_in_fan_out", "lora_bias") if c.get(k)]
+    if str(c.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):      # these change the base's weights
+        odd.append(f"init_lora_weights={c['init_lora_weights']!r}")
     if odd:
         raise UserError(f"{path} asks for {', '.join(odd)}; only plain LoRA can be loaded here")
     return {"rank": r, "alpha": alpha, "rslora": bool(c.get("use_rslora")), "dropout": float(c.get("lora_dropout") or 0)}

@@ -178,7 +178,7 @@ def resolve(size: str = "laptop", changes: Sequence[str] = ()) -> dict:
     ModelConfig(settings["tokenizer"]["vocab_size"], **settings["model"])   # numbers that cannot go together are told before anything starts
     for stage in TRAINING:
         train_config(settings, stage, 1)
-    method_of(settings["dpo"]["kind"]), _fields(PPOConfig, settings["ppo"]), _fields(GRPOConfig, settings["grpo"])
+    method_of(settings["dpo"]["kind"], settings["dpo"]["label_smoothing"]), _fields(PPOConfig, settings["ppo"]), _fields(GRPOConfig, settings["grpo"])
     for key, known in (("by", ("token", "example")), ("kind", ("nll", "dft"))):
         if settings["sft"][key] not in known:
             raise UserError(f"sft.{key}={settings['sft'][key]!r} is unknown; choose {' or '.join(known)} (chapter 6)")
@@ -647,7 +647,7 @@ def run_dpo(run: Run, out: Path) -> dict:
     examples, report = unpaired or _pairs(run, tokenizer, policy.config.max_seq_len)
     config = train_config(s, "dpo", _steps(len(examples), c))
     policy = train_preference(policy, examples, config, tokenizer, out, _chat_callbacks(run, "dpo", config, tokenizer), reference=policy, kind=c["kind"],
-                              beta=c["beta"] or None, **{k: c[k] for k in ("gamma", "label_smoothing", "average")}).whole_model()
+                              beta=c["beta"] or None, label_smoothing=c["label_smoothing"] or None, gamma=c["gamma"], average=c["average"]).whole_model()
     if is_main():
         save_model(policy, out, tokenizer)
     return {"dpo": report}

@@ -72,7 +72,8 @@ def normed_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_reject
 
 # %% ../nbs/08_dpo.ipynb #bcf9e2e2
 def log1mexp(x: Tensor) -> Tensor:
-    "log(1 - exp(x)) for x < 0 without loss of precision (Mächler, 2012)."
+    """log(1 - exp(x)) for x up to -1e-6 without loss of precision (Mächler, 2012); nearer to 0 it is cut off, so that an answer of probability 1
+    gives no infinity."""
     x = x.clamp(max=-1e-6)
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
@@ -130,36 +131,41 @@ class Method:
     beta: float
     trl: str                 # loss type
     source: str              # file and line
+    smoothing: float | None = None      # the share of wrong labels where none is given; None: the method has none
     batch: str = "nothing"   # what the loss of an example takes from the others of its batch
 
 
 METHODS = {
-    "dpo": Method("DPO, cDPO", False, True, 0.1, "sigmoid", "dpo_trainer.py:1464"),
-    "robust": Method("robust DPO", False, True, 0.1, "robust", "dpo_trainer.py:1505"),
+    "dpo": Method("DPO, cDPO", False, True, 0.1, "sigmoid (no cDPO)", "dpo_trainer.py:1464", 0.0),
+    "robust": Method("robust DPO", False, True, 0.1, "robust", "dpo_trainer.py:1505", 0.1),
     "hinge": Method("hinge (SLiC)", False, True, 0.1, "hinge", "dpo_trainer.py:1467"),
     "ipo": Method("IPO", True, True, 0.1, "ipo", "dpo_trainer.py:1470"),
     "normed": Method("length-normalised DPO", True, True, 5.0, "sigmoid_norm", "dpo_trainer.py:1581"),
-    "kto": Method("KTO", False, True, 0.1, "kto", "kto_trainer.py:1567", "the estimate of the KL"),
-    "orpo": Method("ORPO", True, False, 0.1, "(its own trainer)", "orpo_trainer.py:673", "TRL: the SFT term is a mean over the tokens of the batch"),
-    "cpo": Method("CPO", False, False, 0.1, "sigmoid", "cpo_trainer.py:722", "TRL: as ORPO"),
-    "simpo": Method("SimPO", True, False, 2.0, "simpo", "cpo_trainer.py:714", "TRL: as ORPO, unless cpo_alpha=0"),
+    "kto": Method("KTO", False, True, 0.1, "kto", "kto_trainer.py:1567", batch="the estimate of the KL"),
+    "orpo": Method("ORPO", True, False, 0.1, "(its own trainer)", "orpo_trainer.py:673", batch="TRL: the SFT term is a mean over the tokens of the batch"),
+    "cpo": Method("CPO", False, False, 0.1, "sigmoid", "cpo_trainer.py:722", 0.0, "TRL: as ORPO"),
+    "simpo": Method("SimPO", True, False, 2.0, "simpo", "cpo_trainer.py:714", batch="TRL: as ORPO, unless cpo_alpha=0"),
 }
 KINDS = tuple(METHODS)
 
 
-def method_of(kind: str) -> Method:
-    "The conventions of a method by its short name. Raises UserError for an unknown one."
+def method_of(kind: str, label_smoothing: float | None = None) -> Method:
+    "The conventions of a method by its short name. Raises UserError for an unknown one, and for one without smoothing where some is wanted."
     if kind not in METHODS:
         raise UserError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    if label_smoothing and METHODS[kind].smoothing is None:
+        raise UserError(f"{kind} has no label_smoothing; leave it at 0, or choose one of {', '.join(k for k, m in METHODS.items() if m.smoothing is not None)}")
     return METHODS[kind]
 
 # %% ../nbs/08_dpo.ipynb #8813c75a
 def pair_losses(kind: str, logps: tuple[Tensor, Tensor], ref_logps: tuple[Tensor, Tensor] | None, lengths: tuple[Tensor, Tensor], beta: float | None = None,
-                gamma: float = 0.5, gamma_ratio: float | None = None, label_smoothing: float = 0.0, average: bool = True) -> Tensor:
+                gamma: float = 0.5, gamma_ratio: float | None = None, label_smoothing: float | None = None, average: bool = True) -> Tensor:
     """The loss `[B]` of each pair by any of `KINDS` but KTO, from the summed log-probabilities of chosen and rejected answers and their lengths.
 
-    `beta` None is the method's own default; `average=False` is IPO on sums. What is added to the preference term (SFT loss) is not in it."""
-    (w, l), (nw, nl), beta = logps, lengths, METHODS[kind].beta if beta is None else beta
+    `beta` None is the method's own default, and so is `label_smoothing` None: 0.1 for robust DPO, else 0; `average=False` is IPO on sums.
+    What is added to the preference term (SFT loss) is not in it. Raises UserError for `label_smoothing` with a method that has none."""
+    method, (w, l), (nw, nl) = method_of(kind, label_smoothing), logps, lengths
+    beta, label_smoothing = method.beta if beta is None else beta, method.smoothing if label_smoothing is None else label_smoothing
     four = w, l, *(ref_logps or ())
     losses = {"dpo": lambda: dpo_loss(*four, beta, label_smoothing), "robust": lambda: robust_loss(*four, beta, label_smoothing),
               "hinge": lambda: hinge_loss(*four, beta), "ipo": lambda: ipo_loss(*four, beta, lengths if average else None),
@@ -378,10 +384,13 @@ def preference_loss(model, batch: dict[str, Tensor], kind: str = "dpo", beta: fl
     """Loss sum of a `preference_batch`, the number of pairs (KTO: of answers), metrics named as in TRL; for the trainer.
 
     `alpha` times the SFT loss of the chosen answers is added (default: 1 for ORPO and CPO, else 0), with `prompt_loss` that of their prompts, too.
-    `weights` and `estimate` are KTO's; without an estimate it is that of the batch's own answers. `options` as in `pair_losses`."""
-    method = method_of(kind)
+    `weights` and `estimate` are KTO's; without an estimate it is that of the batch's own answers. `options` as in `pair_losses`.
+    Raises UserError for what the method does not have: KTO an SFT term or smoothing, single answers in the others."""
+    method = method_of(kind, options.get("label_smoothing"))
     beta, alpha = method.beta if beta is None else beta, float(kind in ("orpo", "cpo")) if alpha is None else alpha
     if kind == "kto":
+        if odd := ["alpha"] * bool(alpha) + sorted(options.keys() - {"gamma", "gamma_ratio", "average", "label_smoothing"}):
+            raise UserError(f"KTO takes beta, weights and an estimate, not {', '.join(odd)}; leave it out, or choose another method")
         loss, metrics = _kto_term(batch_logps(model, batch), batch, beta, weights, estimate)
         return loss.sum(), len(loss), {k: v.detach() for k, v in metrics.items()}
     if "desirable" in batch:
@@ -431,7 +440,8 @@ def train_preference(model: Transformer, examples: Sequence[dict], config: Train
 
     `reference` is the model that the policy is compared with (it may be `model` itself, before it is trained); None takes the log-probabilities
     that the examples carry, or none at all for methods without reference. `packed` puts several answers into a row. `dropout` False turns a model's
-    dropout off meanwhile. KTO's `kl` is `mismatched`, or `batch` for the batch's own answers; its `weights` None follow `kto_weights`."""
+    dropout off meanwhile. KTO's `kl` is `mismatched`, or `batch` for the batch's own
+    answers, in which the labels show (to compare with); its `weights` None follow `kto_weights`."""
     kind = loss_options.get("kind", "dpo")
     examples = _prepared(model, examples, config, tokenizer.pad_id, reference, kind, kl)
     room = model.config.max_seq_len if packed else 0

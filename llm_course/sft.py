@@ -138,7 +138,10 @@ MEANINGS = {"<|system|>": "Note:", "<|user|>": "Question:", "<|assistant|>": " A
 def wake_special_tokens(model: Transformer, tokenizer: Tokenizer, apart: float = 0.0) -> None:
     """Start the vectors of the role tokens at the mean of the words in `MEANINGS`, and that of `<|end|>` at the end of a document, in place.
 
-    `apart` makes the last one longer by this share. It is needed where the embedding stays frozen (see `lora`): what has one vector gets one probability."""
+    `apart` makes the last one longer by this share. It is needed where the embedding stays frozen (see `lora`): what has one vector gets one probability.
+    Raises UserError for a tokenizer without the role tokens."""
+    if missing := [t for t in MEANINGS if tokenizer.fast.token_to_id(t) is None]:
+        raise UserError(f"this tokenizer has no {', '.join(missing)}; only the course's own role tokens need to be woken")
     tables = [model.embed_tokens.weight] + ([model.lm_head.weight] if model.lm_head is not None else [])
     for table in tables:
         for token, words in MEANINGS.items():

@@ -104,7 +104,7 @@ def test_what_is_refused():
 
 
 def test_noise_is_that_of_transformers():
-    "The hook of the chapter's exercise, and transformers' own, from the same random numbers."
+    "The formula of the chapter's exercise, typed again, against transformers' hook, from the same random numbers."
     neftune = pytest.importorskip("transformers.integrations.neftune")
     module = SimpleNamespace(training=True, neftune_noise_alpha=5.0)
     x = torch.randn(2, 7, 16)

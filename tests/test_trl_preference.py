@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_course.preference import answer_logps, kto_kl, preference_loss, sft_term
+from llm_course.preference import METHODS, answer_logps, kto_kl, preference_loss, sft_term
 from llm_course.tasks import IGNORE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,3 +81,17 @@ def test_the_fixtures_are_what_trl_gives():
         assert abs(got["value"] - want["value"]) < 1e-9, name
         assert float((torch.tensor(got["grad"], dtype=torch.float64) - torch.tensor(want["grad"], dtype=torch.float64)).abs().max()) < 1e-9, name
         assert all(abs(got["metrics"][k] - v) < 1e-9 for k, v in want["metrics"].items()), name
+
+
+def test_the_lines_of_the_table():
+    "The chapter's table of conventions names lines of TRL; each has the loss that it is said to have."
+    trl = pytest.importorskip("trl")
+    if trl.__version__ != FIXTURE["versions"]["trl"]:
+        pytest.skip(f"TRL {trl.__version__} is here, the table names lines of {FIXTURE['versions']['trl']}")
+    words = {"dpo": '"sigmoid"', "robust": '"robust"', "hinge": '"hinge"', "ipo": '"ipo"', "normed": '"sigmoid_norm"', "kto": "KL_logps", "orpo": "odds_ratio_loss",
+             "cpo": '"sigmoid"', "simpo": '"simpo"'}
+    assert words.keys() == METHODS.keys()
+    for kind, method in METHODS.items():
+        name, line = method.source.split(":")
+        texts = [p.read_text(encoding="utf-8").splitlines() for p in Path(trl.__file__).parent.rglob(name)]
+        assert any(words[kind] in text[int(line) - 1] for text in texts if len(text) >= int(line)), method.source
