@@ -15,7 +15,7 @@ from llm_course.evaluate import ask_tasks, gold_rewards, mean_interval, sequence
 from llm_course.generate import Sampling
 from llm_course.hub import load_model
 from llm_course.pipeline import open_run, train_config
-from llm_course.ppo import PPOConfig, reward_scorer, train_ppo
+from llm_course.ppo import PPOConfig, reward_scorer, steps_each_round, train_ppo
 from llm_course.reading import read_rows, write_json
 from llm_course.reward import RewardModel, likelihood_scorer, likelihood_weight
 from llm_course.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def one_arm(m: Material, change: dict, seed: int, judge: str) -> dict:
     s["seed"], c = seed, s["ppo"] | change
     s["ppo"]["lr"] = c["lr"]
     settings = PPOConfig(**{k: v for k, v in c.items() if k in PPOConfig.__dataclass_fields__})
-    config = train_config(s, "ppo", c["updates"] * max(1, c["rollouts"] * c["epochs"] // c["batch_size"]))
+    config = train_config(s, "ppo", c["updates"] * steps_each_round(c["rollouts"], c["epochs"], c["batch_size"]))
     curve, policy = GoldCurve(m, max(4, config.steps // 6)), copy.deepcopy(m.sft)
     _, rollouts = train_ppo(policy, copy.deepcopy(m.reward_model), m.prompts, m.tokenizer, config, settings, None, [curve], m.judge(judge))
     keys = ("step", "score", "kl", "length", "ended", "entropy", "explained_variance", "kl_coef", "seconds/rollout")

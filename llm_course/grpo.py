@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .model import Transformer
 from .packing import stack_rows
-from .ppo import Rollouts, answer_rows, by_length, kl_estimate, policy_loss, sample_answers, spread, token_logps
+from .ppo import Rollouts, answer_rows, by_length, kl_estimate, policy_loss, sample_answers, spread, steps_each_round, token_logps
 from .reading import UserError
 from .step import decay_groups
 from .tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def grpo_loss(model: nn.Module, batch: dict[str, Tensor], c: GRPOConfig) -> tupl
     old, ref, advantages = (batch[k][keep] for k in ("old_logps", "ref_logps", "advantages"))
     loss = grpo_token_loss(logps, old, ref, advantages, c) * batch["weights"][keep]
     ratio, high = (logps - old).exp().detach(), c.clip_high or c.clip
-    each = (batch["mask"] * (batch["divisor"] / batch["mask"].sum(1).clamp(min=1))[:, None])[keep]     # metrics are means over the tokens of an answer, then over answers
+    each = (batch["mask"] * (batch["divisor"] / batch["mask"].sum(1).clamp(min=1))[:, None])[keep]     # means over the tokens of an answer, then over answers (bnpo: over all tokens)
     metrics = {"clip_ratio/low_mean": (ratio < 1 - c.clip) & (advantages < 0), "clip_ratio/high_mean": (ratio > 1 + high) & (advantages > 0),
                "policy/entropy_avg": entropy, "val/ratio": ratio, "kl/k3": kl_estimate(logps.detach(), ref, "k3")}
     return loss.sum(), batch["divisor"].sum(), {k: (v * each).sum() for k, v in metrics.items()}
@@ -159,7 +159,7 @@ def train_grpo(policy: Transformer, prompts: Sequence[list[int]], tokenizer: Tok
         return make_group_rollouts(model, reference, score, chosen, tokenizer, c, 1000 * config.seed + iteration)
 
     n = c.prompts * c.group
-    data = Rollouts(make, n, max(1, n * c.epochs // config.batch_size))
+    data = Rollouts(make, n, steps_each_round(n, c.epochs, config.batch_size))
     trainer = Trainer(policy, lambda m, b: grpo_loss(m, b, c), data, config, stack_rows, folder, [data, *callbacks], decay_groups(policy, config))
     reference.to(trainer.accelerator.device)
     trainer.fit()
@@ -174,5 +174,9 @@ def task_prompts(tasks: Sequence[dict], tokenizer: Tokenizer) -> list[list[int]]
 def verified_scorer(tasks: Sequence[dict], tokenizer: Tokenizer) -> Callable[[list[list[int]], list[list[int]]], list[float]]:
     "A `score` function of rollouts: 1 for an answer that `world.grade` finds exactly right and that ended by itself, else 0. Prompts must be `task_prompts` of these tasks."
     by_prompt = {tuple(p): t for p, t in zip(task_prompts(tasks, tokenizer), tasks)}
-    right = lambda p, a: a[-1:] == [tokenizer.end_id] and grade(by_prompt[tuple(p)], tokenizer.answer(a))["right"]
+    def task_of(p):
+        if tuple(p) not in by_prompt:
+            raise UserError(f"no task has the prompt {tokenizer.decode(p)!r}; make prompts with task_prompts(tasks, tokenizer) of the same tasks")
+        return by_prompt[tuple(p)]
+    right = lambda p, a: grade(task_of(p), tokenizer.answer(a))["right"] and a[-1:] == [tokenizer.end_id]
     return lambda prompts, answers: [float(right(p, a)) for p, a in zip(prompts, answers)]

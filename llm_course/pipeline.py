@@ -39,7 +39,7 @@ from .generate import Sampling
 from .hub import load_model, save_model
 from .model import ModelConfig, Transformer
 from .packing import TokenRows, pack_examples
-from .ppo import PPOConfig, train_ppo
+from .ppo import PPOConfig, steps_each_round, train_ppo
 from .grpo import GRPOConfig, task_prompts, train_grpo, verified_scorer
 from .preference import method_of, train_preference, unpaired_examples
 from .pretrain import MaskedRows, SampleTexts, bits_per_byte, fill_blanks, masked_accuracy, pretrain, tokenize_corpus
@@ -168,6 +168,15 @@ def _fields(config: type, section: dict):
     return config(**{f.name: section[f.name] for f in fields(config) if f.name in section})
 
 
+def _steps_of_rounds(settings: dict, stage: str) -> int:
+    "Optimizer steps of all rounds of answers of PPO or GRPO. Raises UserError where the settings do not go together."
+    c, section = _fields({"ppo": PPOConfig, "grpo": GRPOConfig}[stage], settings[stage]), settings[stage]
+    try:
+        return section["updates"] * steps_each_round(c.rollouts if stage == "ppo" else c.prompts * c.group, c.epochs, section["batch_size"])
+    except UserError as e:
+        raise UserError(f"{stage}: {e}") from None
+
+
 def resolve(size: str = "laptop", changes: Sequence[str] = ()) -> dict:
     "The settings of a size with `key=value` changes. Raises UserError for an unknown size or key, or a value of the wrong type."
     if size not in SIZES:
@@ -178,7 +187,7 @@ def resolve(size: str = "laptop", changes: Sequence[str] = ()) -> dict:
     ModelConfig(settings["tokenizer"]["vocab_size"], **settings["model"])   # numbers that cannot go together are told before anything starts
     for stage in TRAINING:
         train_config(settings, stage, 1)
-    method_of(settings["dpo"]["kind"], settings["dpo"]["label_smoothing"]), _fields(PPOConfig, settings["ppo"]), _fields(GRPOConfig, settings["grpo"])
+    method_of(settings["dpo"]["kind"], settings["dpo"]["label_smoothing"]), _steps_of_rounds(settings, "ppo"), _steps_of_rounds(settings, "grpo")
     for key, known in (("by", ("token", "example")), ("kind", ("nll", "dft"))):
         if settings["sft"][key] not in known:
             raise UserError(f"sft.{key}={settings['sft'][key]!r} is unknown; choose {' or '.join(known)} (chapter 6)")
@@ -618,8 +627,7 @@ def run_ppo(run: Run, out: Path) -> dict:
     if not prompts:
         raise UserError(f"no prompt leaves room for an answer of {c['max_new_tokens']} tokens; set a smaller ppo.max_new_tokens or a larger model.max_seq_len")
     settings = _fields(PPOConfig, c)
-    steps = c["updates"] * max(1, c["rollouts"] * c["epochs"] // c["batch_size"])
-    config = train_config(s, "ppo", steps)
+    config = train_config(s, "ppo", _steps_of_rounds(s, "ppo"))
     trainer, _ = train_ppo(policy, RewardModel.load(run.path("reward")), prompts, tokenizer, config, settings, out, _chat_callbacks(run, "ppo", config, tokenizer))
     trained = trainer.whole_model()
     if is_main():
@@ -662,7 +670,7 @@ def run_grpo(run: Run, out: Path) -> dict:
     room = policy.config.max_seq_len - c["max_new_tokens"]
     prompts = [p for p in task_prompts(tasks, tokenizer) if len(p) <= room]
     settings = _fields(GRPOConfig, c)
-    config = train_config(s, "grpo", c["updates"] * max(1, settings.prompts * settings.group * settings.epochs // c["batch_size"]))
+    config = train_config(s, "grpo", _steps_of_rounds(s, "grpo"))
     trainer, data = train_grpo(policy, prompts, tokenizer, config, settings, verified_scorer(tasks, tokenizer), out, _chat_callbacks(run, "grpo", config, tokenizer))
     if is_main():
         save_model(trainer.whole_model(), out, tokenizer)

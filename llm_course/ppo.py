@@ -6,7 +6,7 @@
 __all__ = ['KL_ESTIMATORS', 'kl_estimate', 'with_next', 'token_rewards', 'adapted_kl_coef', 'gae_slowly', 'gae', 'whiten',
            'policy_loss', 'value_loss', 'by_length', 'token_logps', 'ActorCritic', 'PPOConfig', 'sample_answers',
            'answer_rows', 'spread', 'token_quantities', 'explained_variance', 'rollout_stats', 'make_rollouts',
-           'reward_scorer', 'Rollouts', 'ppo_loss', 'train_ppo']
+           'reward_scorer', 'steps_each_round', 'Rollouts', 'ppo_loss', 'train_ppo']
 
 # %% ../nbs/07a_ppo.ipynb #bef71260
 import copy
@@ -172,7 +172,7 @@ class PPOConfig:
     lam: float = 0.95
     missing_end_penalty: float = 2.0
     divide: bool = False
-    kl_estimator: str = "k1"            # of the penalty: k1, k2 or k3
+    kl_estimator: str = "k1"            # of the penalty in the rewards: k1; k2 and k3 hardly pull there
     kl_target: float = 0.0              # nats an answer; 0: the coefficient stays fixed
     kl_horizon: int = 10_000            # answers after which the coefficient can have changed by e^0.2
     score_at: str = "last"              # or after: one place later, as in TRL
@@ -282,6 +282,7 @@ def make_rollouts(model: ActorCritic, reference: Transformer, score: Callable[[l
     scaled = (judged - state["score_mean"]) / state["score_std"] if c.normalize_scores else judged
     b = token_quantities(model, reference, prompts, answers, scaled - penalty, tokenizer.pad_id, c, kl_coef)
     stats = rollout_stats(b, judged - penalty, ended, kl_coef, c)
+    stats["objective/rlhf_reward"] = (scaled - penalty).mean().item() + stats["objective/non_score_reward"]      # what is maximised, in its own units
     if c.kl_target > 0:
         state["kl_coef"] = adapted_kl_coef(kl_coef, stats["kl"], c.kl_target, len(prompts), c.kl_horizon)
     rows = {k: b[k] for k in ("ids", "targets", "mask", "old_logps", "old_values", "returns")}
@@ -293,6 +294,13 @@ def reward_scorer(model: RewardModel, pad_id: int) -> Callable[[list[list[int]],
     return lambda prompts, answers: rewards_of(model, [p + a for p, a in zip(prompts, answers)], pad_id)
 
 # %% ../nbs/07a_ppo.ipynb #645eb162
+def steps_each_round(answers: int, epochs: int, batch_size: int) -> int:
+    "Optimizer steps on each round of answers. Raises UserError where they would not use each answer `epochs` times."
+    if answers * epochs % batch_size:
+        raise UserError(f"{answers} answers in {epochs} passes are {answers * epochs} rows, no multiple of batch_size={batch_size}; change one of them")
+    return answers * epochs // batch_size
+
+
 class Rollouts(Callback):
     """The data of PPO and of its kin: rows of the present rollouts, renewed by `make(model, iteration)` before every `steps_each`-th step.
 
@@ -367,7 +375,7 @@ def train_ppo(policy: Transformer, reward_model: RewardModel, prompts: Sequence[
         chosen = [prompts[i] for i in batch_indices(iteration, order, len(prompts))]
         return make_rollouts(actor, reference, score, chosen, tokenizer, c, 1000 * config.seed + iteration, state)
 
-    data = Rollouts(make, c.rollouts, max(1, c.rollouts * c.epochs // config.batch_size), state)
+    data = Rollouts(make, c.rollouts, steps_each_round(c.rollouts, c.epochs, config.batch_size), state)
     groups = decay_groups(model.policy, config) + [{"params": [*model.value_body.parameters(), *model.value_head.parameters()],
                                                    "weight_decay": 0.0, "lr_scale": c.value_lr_scale}]
     trainer = Trainer(model, lambda m, b: ppo_loss(m, b, c), data, config, stack_rows, folder, [data, *callbacks], groups)
