@@ -159,7 +159,7 @@ def _typed(raw: str, old: object, path: str) -> object:
     except (ValueError, KeyError, OverflowError):
         raise UserError(f"{path}={raw!r}: expected {'true or false' if isinstance(old, bool) else 'JSON' if isinstance(old, (dict, list)) else 'a number like ' + repr(old)}") from None
 
-# %% ../nbs/10_pipeline.ipynb #e6be46e8
+# %% ../nbs/10_pipeline.ipynb #7d20f4b9
 TRAINING = ("pretrain", "sft", "reward", "ppo", "dpo", "grpo")     # stages with a learning rate; they run on all processes
 
 
@@ -176,7 +176,7 @@ def _steps_of_rounds(settings: dict, stage: str) -> int:
     except UserError as e:
         raise UserError(f"{stage}: {e}") from None
 
-
+# %% ../nbs/10_pipeline.ipynb #e6be46e8
 def resolve(size: str = "laptop", changes: Sequence[str] = ()) -> dict:
     "The settings of a size with `key=value` changes. Raises UserError for an unknown size or key, or a value of the wrong type."
     if size not in SIZES:

@@ -293,14 +293,14 @@ def reward_scorer(model: RewardModel, pad_id: int) -> Callable[[list[list[int]],
     "The reward model as a `score` function of rollouts."
     return lambda prompts, answers: rewards_of(model, [p + a for p, a in zip(prompts, answers)], pad_id)
 
-# %% ../nbs/07a_ppo.ipynb #645eb162
+# %% ../nbs/07a_ppo.ipynb #5e3a91c7
 def steps_each_round(answers: int, epochs: int, batch_size: int) -> int:
     "Optimizer steps on each round of answers. Raises UserError where they would not use each answer `epochs` times."
     if answers * epochs % batch_size:
         raise UserError(f"{answers} answers in {epochs} passes are {answers * epochs} rows, no multiple of batch_size={batch_size}; change one of them")
     return answers * epochs // batch_size
 
-
+# %% ../nbs/07a_ppo.ipynb #645eb162
 class Rollouts(Callback):
     """The data of PPO and of its kin: rows of the present rollouts, renewed by `make(model, iteration)` before every `steps_each`-th step.
 
