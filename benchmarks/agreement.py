@@ -10,7 +10,7 @@ import numpy as np
 from record import arguments, save, testdata
 
 from llm_course.classifier import bootstrap_interval
-from llm_course.evaluate import rate
+from llm_course.intervals import rate
 from llm_course.reading import read_rows
 from llm_course.votes import cohen_kappa, krippendorff_alpha, longest_answer_baseline
 

@@ -10,7 +10,8 @@ from record import arguments, save
 from reward import CACHE, Lab, about_run, by_majority, prefer_longer, remembered, sample, steps_for
 
 from llm_course.bestofn import answer_pool, best_of_n, best_of_n_kl, pool_logps, pool_rewards
-from llm_course.evaluate import ask_tasks, gold_rewards, mean_interval, paired_difference
+from llm_course.evaluate import ask_tasks, gold_rewards
+from llm_course.intervals import mean_interval, paired_difference
 from llm_course.generate import Sampling
 from llm_course.reward import RewardModel, likelihood_weight, pair_examples, train_reward
 from llm_course.trainer import TrainConfig, seed_all

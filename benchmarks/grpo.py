@@ -10,7 +10,8 @@ import torch
 from ppo import cached, file_of, origin
 from record import arguments, rounded, save
 
-from llm_course.evaluate import accuracy_by_kind, ask_tasks, rate, sequence_kl
+from llm_course.evaluate import accuracy_by_kind, ask_tasks, sequence_kl
+from llm_course.intervals import rate
 from llm_course.generate import Sampling
 from llm_course.grpo import METHODS, GRPOConfig, task_prompts, train_grpo, verified_scorer
 from llm_course.hub import load_model

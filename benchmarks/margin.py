@@ -7,7 +7,7 @@ import time
 import numpy as np
 from record import arguments, save
 
-from llm_course.evaluate import rate
+from llm_course.intervals import rate
 from llm_course.model import ModelConfig, Transformer
 from llm_course.reward import RewardModel, as_gold, pair_correctness, pair_examples, train_reward
 from llm_course.tokenizer import train_tokenizer

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from record import arguments, command_of, rounded, save
 
-from llm_course.evaluate import ask_tasks, gold_rewards, mean_interval, sequence_kl, win_rate
+from llm_course.evaluate import ask_tasks, gold_rewards, sequence_kl
+from llm_course.intervals import mean_interval, win_rate
 from llm_course.generate import Sampling
 from llm_course.hub import load_model
 from llm_course.pipeline import open_run, train_config

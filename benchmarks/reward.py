@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from record import ROOT, arguments, command_of, save, testdata
 
-from llm_course.evaluate import mean_interval, rate
+from llm_course.intervals import mean_interval, rate
 from llm_course.formats import convert
 from llm_course.hub import load_model
 from llm_course.model import ModelConfig, Transformer

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from record import arguments, save
 
-from llm_course.evaluate import accuracy_by_kind, ask_tasks, mean_interval, rate
+from llm_course.evaluate import accuracy_by_kind, ask_tasks
+from llm_course.intervals import mean_interval, rate
 from llm_course.generate import Sampling
 from llm_course.hub import load_model, save_model
 from llm_course.model import Transformer

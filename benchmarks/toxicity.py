@@ -9,7 +9,7 @@ import numpy as np
 from record import arguments, save, testdata
 
 from llm_course.classifier import QualityClassifier, auc, bootstrap_interval
-from llm_course.evaluate import rate
+from llm_course.intervals import rate
 from llm_course.toxicity import WordList, best_threshold, f1, profanity_scores, rates_by_group
 
 

@@ -21,7 +21,8 @@ from decimal import Decimal, InvalidOperation
 from functools import cache
 from pathlib import Path
 
-from .evaluate import ModelLM, rate
+from .evaluate import ModelLM
+from .intervals import rate
 from .reading import DataError, UserError, read_rows
 
 # %% ../nbs/09a_benchmarks.ipynb #a28c2298

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .evaluate import mean_interval, rate
+from .intervals import mean_interval, rate
 from .reading import UserError, read_rows
 from .instructions import parse_score
 from .votes import cohen_kappa

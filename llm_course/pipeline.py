@@ -33,7 +33,8 @@ import torch
 from .cleaning import repair_scores
 from .engines import Engine, run_tasks
 from .corpus import CORPUS_STAGES, check_sources, documents_of, list_inputs, sorted_rows, write_plan
-from .evaluate import accuracy_by_kind, ask, ask_tasks, gold_rewards, mean_interval, rate, sample_stories, sequence_kl, story_quality, win_rate
+from .evaluate import accuracy_by_kind, ask, ask_tasks, gold_rewards, sample_stories, sequence_kl, story_quality
+from .intervals import mean_interval, rate, win_rate
 from .reading import DataError, UserError, data_files, new_folder, read_rows, write_json, write_jsonl
 from .generate import Sampling
 from .hub import load_model, save_model

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .evaluate import accuracy_by_kind, gold_rewards, mean_interval, rate, win_rate
+from .evaluate import accuracy_by_kind, gold_rewards
+from .intervals import mean_interval, rate, win_rate
 from .generate import Sampling, generate
 from .model import Transformer
 from .preference import answer_logps
