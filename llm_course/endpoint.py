@@ -8,7 +8,7 @@ __all__ = ['HELPS_TO_WAIT', 'DRAWS', 'LOOPBACK', 'REMEDIES', 'Failure', 'Unreada
            'SpendingLimit', 'Budget', 'sampling_fields', 'request_of', 'read_reply', 'secret', 'continuation_logp',
            'in_order', 'paying', 'told', 'EndpointLM']
 
-# %% ../nbs/09_endpoints.ipynb #ed95dcaf
+# %% ../nbs/09_endpoints.ipynb #56664151
 import hashlib
 import json
 import math
@@ -19,7 +19,7 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -28,7 +28,7 @@ from pathlib import Path
 from .generate import Sampling
 from .reading import UserError, disk_error
 
-# %% ../nbs/09_endpoints.ipynb #fc7ccd06
+# %% ../nbs/09_endpoints.ipynb #0fdacb55
 def _openai():
     try:
         import openai
@@ -36,7 +36,7 @@ def _openai():
         raise UserError('asking a model behind an address needs the package openai: pip install "llm_course[judge]"') from None
     return openai
 
-# %% ../nbs/09_endpoints.ipynb #d76fa42c
+# %% ../nbs/09_endpoints.ipynb #c556a250
 @dataclass(frozen=True)
 class Failure:
     "Why a request has no answer. `kind` is what is counted, `wait` what the server asks for in seconds, `paid`: nobody knows whether it was charged."
@@ -59,7 +59,7 @@ class EndpointError(UserError):
         super().__init__(message)
         self.failure = failure
 
-# %% ../nbs/09_endpoints.ipynb #d298fb94
+# %% ../nbs/09_endpoints.ipynb #cd9da212
 def retry_after(value: str | None, now: datetime | None = None) -> float | None:
     "The seconds that a `Retry-After` header asks for, as a number or as a date; None where there is none that can be read."
     try:
@@ -74,7 +74,7 @@ def retry_after(value: str | None, now: datetime | None = None) -> float | None:
     until = until if until.tzinfo else until.replace(tzinfo=timezone.utc)
     return max(0.0, (until - (now or datetime.now(timezone.utc))).total_seconds())
 
-# %% ../nbs/09_endpoints.ipynb #b812100a
+# %% ../nbs/09_endpoints.ipynb #02a9357f
 HELPS_TO_WAIT = (408, 409, 425, 429)
 
 
@@ -94,7 +94,7 @@ def failure_of(error: Exception) -> Failure:
         return Failure(str(status), error.message, retry, retry_after(error.response.headers.get("retry-after")), code=code)
     raise error
 
-# %% ../nbs/09_endpoints.ipynb #c7698ac7
+# %% ../nbs/09_endpoints.ipynb #80fb6adf
 def pause(attempt: int, base: float, asked: float | None = None, rng: random.Random = random, longest: float = 60.0) -> float:
     """Seconds to wait after failure number `attempt` (from 0): `base` doubled each time up to `longest`, of which chance leaves half to all.
 
@@ -103,7 +103,7 @@ def pause(attempt: int, base: float, asked: float | None = None, rng: random.Ran
         return asked + base * rng.random()
     return min(longest, base * 2.0 ** min(attempt, 30)) * rng.uniform(0.5, 1)
 
-# %% ../nbs/09_endpoints.ipynb #020bf436
+# %% ../nbs/09_endpoints.ipynb #ee106a46
 def persist(send: Callable[[], dict], retries: int, base: float, note: Callable[[Failure], None] = lambda failure: None, patience: float = 120.0,
             sleep: Callable[[float], object] = time.sleep, rng: random.Random = random) -> dict:
     """What `send()` returns, after at most `retries` more attempts. Each failure is given to `note`.
@@ -124,7 +124,7 @@ def persist(send: Callable[[], dict], retries: int, base: float, note: Callable[
             sleep(seconds)
     raise EndpointError(f"no answer in {retries + 1} attempts; the last failure: {failure.kind}, {failure.message}", failure)
 
-# %% ../nbs/09_endpoints.ipynb #c8603691
+# %% ../nbs/09_endpoints.ipynb #c7d0a01a
 @dataclass(frozen=True)
 class Request:
     "One request: `path` is `chat` or `text`, `body` what is sent, `draw` the seed and number of a sample (None at temperature 0)."
@@ -139,7 +139,7 @@ class Request:
         parts = {"url": self.url, "path": self.path, "body": self.body, "draw": self.draw}
         return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
-# %% ../nbs/09_endpoints.ipynb #036a9a65
+# %% ../nbs/09_endpoints.ipynb #7428110a
 class AnswerCache:
     "Answers by key, in memory and, with a `path`, in a file of JSON lines that only grows. `damaged`: lines that could not be read."
 
@@ -189,7 +189,7 @@ def append(path: Path, text: str) -> None:
     except OSError as e:
         raise disk_error(e, path) from None
 
-# %% ../nbs/09_endpoints.ipynb #583618b2
+# %% ../nbs/09_endpoints.ipynb #2ade9d33
 def count_tokens(prompt: str | Sequence[dict], tokenizer=None) -> int:
     "About how many tokens a text or a conversation is: by `tokenizer.encode`, else one for four characters; four more for each message."
     texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
@@ -205,7 +205,7 @@ def estimate(prompts: Sequence[str | Sequence[dict]], max_new_tokens: int, price
     return {"requests": len(prompts), "tokens_in": tokens_in, "tokens_out": tokens_out, "cost": (tokens_in * price_in + tokens_out * price_out) / 1e6,
             "counted": "by the tokenizer" if tokenizer else "4 characters a token"}
 
-# %% ../nbs/09_endpoints.ipynb #12dfc968
+# %% ../nbs/09_endpoints.ipynb #81d641d8
 class SpendingLimit(UserError):
     "The next request could cost more than what is left."
 
@@ -242,7 +242,7 @@ class Budget:
             self.reserved -= reserved
             self.spent += paid
 
-# %% ../nbs/09_endpoints.ipynb #890b09fa
+# %% ../nbs/09_endpoints.ipynb #4dded37b
 DRAWS = 1_000_000                       # seeds of one run are this far apart, so that draw 1 of seed 0 is not draw 0 of seed 1
 
 
@@ -254,7 +254,7 @@ def sampling_fields(sampling: Sampling) -> dict:
     names = ("top_p", "top_k", "min_p", "repetition_penalty")
     return {"temperature": sampling.temperature} | {n: getattr(sampling, n) for n in names if getattr(sampling, n) != getattr(plain, n)}
 
-# %% ../nbs/09_endpoints.ipynb #4ff9b81d
+# %% ../nbs/09_endpoints.ipynb #298be827
 def request_of(url: str, model: str, prompt: str | Sequence[dict], max_new_tokens: int = 64, stop: Sequence[str] = (), sampling: Sampling = Sampling(),
                draw: tuple[int, int] = (0, 0), limit_name: str = "max_tokens", extra: dict | None = None) -> Request:
     """The request for one prompt. `draw`: seed and number of the sample. `extra` adds fields to the body; a value of None takes a field out.
@@ -270,7 +270,7 @@ def request_of(url: str, model: str, prompt: str | Sequence[dict], max_new_token
     body = {k: v for k, v in (body | (extra or {})).items() if v is not None}
     return Request(url, "chat" if chat else "text", body, tuple(draw) if sampling.temperature > 0 else None)
 
-# %% ../nbs/09_endpoints.ipynb #e6c1f0d4
+# %% ../nbs/09_endpoints.ipynb #03e82078
 def read_reply(raw: bytes, chat: bool = True) -> dict:
     "A reply as `{\"text\", \"finish\", \"tokens_in\", \"tokens_out\", \"model\"}`, with `logprobs` where there are some. Raises Unreadable."
     try:
@@ -291,7 +291,7 @@ def _kept(logprobs: dict) -> dict:
     return {"at": logprobs["text_offset"], "logp": logprobs["token_logprobs"], "best": [max(t.values()) if t else None for t in tops],
             "end": logprobs["text_offset"][-1] + len(logprobs["tokens"][-1]) if logprobs["tokens"] else 0}
 
-# %% ../nbs/09_endpoints.ipynb #c2aaa9af
+# %% ../nbs/09_endpoints.ipynb #3d3eb7d1
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -307,7 +307,7 @@ def secret(url: str, key_variable: str) -> str:
         raise UserError(f"the key in {key_variable} would travel to {address.hostname} unencrypted: use https, or leave key_variable empty")
     return key
 
-# %% ../nbs/09_endpoints.ipynb #5dea599b
+# %% ../nbs/09_endpoints.ipynb #c8e7efba
 def continuation_logp(answer: dict, context: str, continuation: str) -> tuple[float, bool]:
     """Summed log-probability of the continuation in an echoed prompt, and whether each of its tokens was the likeliest.
 
@@ -323,25 +323,34 @@ def continuation_logp(answer: dict, context: str, continuation: str) -> tuple[fl
     greedy = all(found["best"][i] is not None and found["logp"][i] >= found["best"][i] - 1e-9 for i in inside)
     return sum(found["logp"][i] for i in inside), greedy
 
-# %% ../nbs/09_endpoints.ipynb #b88c1aa6
+# %% ../nbs/09_endpoints.ipynb #c36c1e3a
 def in_order(ask: Callable[[Request, threading.Event], dict], requests: Sequence[Request], concurrency: int) -> list[dict]:
     """`ask(request, stop)` for each request, at most `concurrency` at a time; answers in order, equal requests asked once.
 
     The first error is raised when it happens: then `stop` is set, and what has not begun never begins."""
-    unique, stop = {r.key: r for r in requests}, threading.Event()
-    with ThreadPoolExecutor(concurrency, thread_name_prefix="endpoint") as pool:
-        futures = {key: pool.submit(ask, r, stop) for key, r in unique.items()}
-        try:
-            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [futures[r.key].result() for r in requests]
+    unique, stop, errors = {r.key: r for r in requests}, threading.Event(), []
 
-# %% ../nbs/09_endpoints.ipynb #c44b2f60
+    def one(request: Request) -> dict | None:
+        if stop.is_set():
+            return None
+        try:
+            return ask(request, stop)
+        except BaseException as e:
+            errors.append(e)
+            stop.set()
+            return None
+
+    with ThreadPoolExecutor(concurrency, thread_name_prefix="endpoint") as pool:
+        try:
+            answers = dict(zip(unique, pool.map(one, unique.values())))
+        except BaseException:                             # Ctrl-C: end what waits, begin nothing
+            stop.set()
+            raise
+    if errors:
+        raise errors[0]
+    return [answers[r.key] for r in requests]
+
+# %% ../nbs/09_endpoints.ipynb #b42e005d
 def paying(send: Callable[[], dict], budget: Budget, tokens_in: int, tokens_out: int) -> dict:
     "One attempt within a budget: at most `tokens_in` read and `tokens_out` written; what the answer says of it counts. Raises SpendingLimit."
     most = paid = budget.cost(tokens_in, tokens_out)
@@ -357,7 +366,7 @@ def paying(send: Callable[[], dict], budget: Budget, tokens_in: int, tokens_out:
     finally:
         budget.settle(most, paid)
 
-# %% ../nbs/09_endpoints.ipynb #1b65ccfc
+# %% ../nbs/09_endpoints.ipynb #f4088b03
 REMEDIES = {"401": "check the key, and that key_variable names the environment variable that holds it", "403": "check what the key may do", "404": "check the address and the model's name",
             "connection": "is the server running?", "timeout": "give a longer timeout, or a lower concurrency", "429": "lower the concurrency, or wait"}
 
@@ -367,7 +376,7 @@ def told(e: EndpointError, url: str, key: str = "") -> EndpointError:
     text = str(e).replace(key, "***") if key else str(e)
     return EndpointError(f"{url}: {text[:500]}. Remedy: {REMEDIES.get(e.failure.kind, 'check the request')}; what was answered is kept", e.failure)
 
-# %% ../nbs/09_endpoints.ipynb #8c836b0b
+# %% ../nbs/09_endpoints.ipynb #fb8ebfbe
 @dataclass(eq=False)
 class EndpointLM:
     """A model behind an OpenAI-compatible address, in the protocol `evaluate.LM`.
