@@ -302,7 +302,7 @@ def answer_two_turns(lm: LM, items: Sequence[dict], max_new_tokens: int = 1024, 
             at = [n for n, i in enumerate(items) if i["temperature"] == temperature]
             for n in at:
                 talks[n].append({"role": "user", "content": items[n]["turns"][turn]})
-            said = lm.generate([talks[n] for n in at], max_new_tokens=max_new_tokens, sampling=Sampling(temperature), seed=seed)
+            said = lm.generate([list(talks[n]) for n in at], max_new_tokens=max_new_tokens, sampling=Sampling(temperature), seed=seed)
             for n, text in zip(at, said, strict=True):
                 talks[n].append({"role": "assistant", "content": text})
     answers = [[m["content"] for m in talk if m["role"] == "assistant"] for talk in talks]
@@ -314,7 +314,7 @@ def _part(title: str, body: str) -> str:
 
 
 def _talk(name: str, key: str) -> str:
-    return _part(f"Conversation with {name}", "\n\n".join(f"User: {{question_{t}}}\n\n{name}: {{{key}_{t}}}" for t in (1, 2)))
+    return _part(f"Conversation with {name}", "\n\n".join(f"User: {{question_{t}}}\n\nAnswer: {{{key}_{t}}}" for t in (1, 2)))
 
 
 def template_name(duel: bool, reference: bool, turn: int) -> str:
