@@ -6,7 +6,7 @@
 __all__ = ['HELPS_TO_WAIT', 'DRAWS', 'LOOPBACK', 'REMEDIES', 'Failure', 'Unreadable', 'EndpointError', 'retry_after',
            'failure_of', 'pause', 'persist', 'Request', 'AnswerCache', 'append', 'count_tokens', 'estimate',
            'SpendingLimit', 'Budget', 'sampling_fields', 'request_of', 'read_reply', 'secret', 'continuation_logp',
-           'in_order', 'paying', 'told', 'EndpointLM']
+           'in_order', 'paying', 'told', 'Endpoint', 'EndpointLM']
 
 # %% ../nbs/09_endpoints.ipynb #56664151
 import hashlib
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import time
 import urllib.parse
@@ -132,6 +133,7 @@ class Request:
     path: str
     body: dict
     draw: tuple[int, int] | None = None
+    longest: int = 0                    # tokens that the answer may have
 
     @property
     def key(self) -> str:
@@ -261,6 +263,8 @@ def request_of(url: str, model: str, prompt: str | Sequence[dict], max_new_token
 
     Only four stop strings are sent, which is what the protocol allows: cut the answer at the others. `limit_name` is for chat only."""
     chat = not isinstance(prompt, str)
+    if re.search(r"[\ud800-\udfff]", prompt if not chat else "".join(m["content"] for m in prompt)):
+        raise UserError("a prompt holds half of a surrogate pair, which is no character and cannot be sent: clean the text first")
     body = {"model": model, "messages" if chat else "prompt": [dict(m) for m in prompt] if chat else prompt,
             limit_name if chat else "max_tokens": max_new_tokens} | sampling_fields(sampling)
     if stop:
@@ -268,7 +272,7 @@ def request_of(url: str, model: str, prompt: str | Sequence[dict], max_new_token
     if sampling.temperature > 0:
         body["seed"] = draw[0] * DRAWS + draw[1]
     body = {k: v for k, v in (body | (extra or {})).items() if v is not None}
-    return Request(url, "chat" if chat else "text", body, tuple(draw) if sampling.temperature > 0 else None)
+    return Request(url, "chat" if chat else "text", body, tuple(draw) if sampling.temperature > 0 else None, max_new_tokens)
 
 # %% ../nbs/09_endpoints.ipynb #03e82078
 def read_reply(raw: bytes, chat: bool = True) -> dict:
@@ -376,41 +380,36 @@ def told(e: EndpointError, url: str, key: str = "") -> EndpointError:
     text = str(e).replace(key, "***") if key else str(e)
     return EndpointError(f"{url}: {text[:500]}. Remedy: {REMEDIES.get(e.failure.kind, 'check the request')}; what was answered is kept", e.failure)
 
-# %% ../nbs/09_endpoints.ipynb #fb8ebfbe
+# %% ../nbs/09_endpoints.ipynb #7405cf4a
 @dataclass(eq=False)
-class EndpointLM:
-    """A model behind an OpenAI-compatible address, in the protocol `evaluate.LM`.
+class Endpoint:
+    """An address that answers requests: at most `concurrency` at a time, tried again where that may help, within a budget, each answer kept in a cache.
 
-    Requests run at most `concurrency` at a time, answers come in the order of the prompts, and each is kept in `cache` (a path; None: in memory
-    only). `counts` counts requests, answers from the cache, failures by kind, answers cut at the limit and empty ones. After an error of one request
-    the others are not sent; what was answered stays in the cache. Raises UserError for settings that cannot be used."""
+    `counts` counts requests, answers from the cache and failures by kind. After an error of one request the others are not sent; what was answered
+    stays in the cache. Raises UserError for settings that cannot be used."""
     url: str                            # up to and without /chat/completions
-    model: str                          # as the server calls it
-    name: str = ""                      # as reports call it; the model's name by default
     key_variable: str = ""              # the environment variable that holds the key; empty: no key is sent
     timeout: float = 60.0               # seconds without a byte from the server
     retries: int = 5
     base: float = 1.0                   # seconds to wait after a first failure
     patience: float = 120.0             # the longest wait, in seconds, that a server may ask for
     concurrency: int = 8
-    cache: str | Path | None = None
+    cache: str | Path | None = None     # a file; None: in memory only
     price_in: float = 0.0               # per million tokens
     price_out: float = 0.0
     limit: float | None = None          # money that this object may spend
     tokenizer: object = field(default=None, repr=False)   # to count tokens with
-    limit_name: str = "max_tokens"      # some services want max_completion_tokens in a chat
-    extra: dict | None = None           # more fields of each request; None takes a field out, e.g. {"seed": None}
-    bos: str = ""                       # the text of a token that begins documents, for loglikelihood_rolling
 
     def __post_init__(self):
-        self.url, self.name = self.url.rstrip("/"), self.name or self.model
+        self.url = self.url.rstrip("/")
         if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0 or self.base < 0:
             raise UserError(f"concurrency={self.concurrency} must be 1 or more, retries={self.retries} and base={self.base} 0 or more, timeout={self.timeout} above 0")
         secret(self.url, self.key_variable)
         self.answers, self.counts, self.budget = AnswerCache(self.cache), Counter(), Budget(self.limit, self.price_in, self.price_out)
         self._client, self._lock = None, threading.Lock()
 
-    def _count(self, *what: str) -> None:
+    def count(self, *what: str) -> None:
+        "Add to the counts; safe to use from threads."
         with self._lock:
             self.counts.update(what)
 
@@ -425,7 +424,7 @@ class EndpointLM:
 
     def _send(self, request: Request) -> dict:
         "One attempt."
-        self._count("requests")
+        self.count("requests")
         body, client, chat = dict(request.body), self._connected(), request.path == "chat"
         api, what = (client.chat.completions, "messages") if chat else (client.completions, "prompt")
         raw = api.with_raw_response.create(model=body.pop("model"), **{what: body.pop(what)}, extra_body=body)
@@ -434,50 +433,62 @@ class EndpointLM:
     def _ask(self, request: Request, stop: threading.Event) -> dict:
         "The answer from the cache, or from the server within the budget."
         if (known := self.answers.get(request.key)) is not None:
-            self._count("cached")
+            self.count("cached")
             return known
-        body = request.body
-        most = count_tokens(body.get("messages", body.get("prompt")), self.tokenizer), body.get(self.limit_name, body.get("max_tokens", 0))
+        tokens_in = count_tokens(request.body.get("messages", request.body.get("prompt")), self.tokenizer)
 
         def send():
             if stop.is_set():
                 raise UserError("stopped, because another request failed")
-            return paying(lambda: self._send(request), self.budget, *most)
+            return paying(lambda: self._send(request), self.budget, tokens_in, request.longest)
 
-        answer = persist(send, self.retries, self.base, lambda f: self._count(f"failed: {f.kind}"), self.patience, stop.wait)
-        self.answers.put(request.key, answer, {"path": request.path, "body": body, "draw": request.draw})
+        answer = persist(send, self.retries, self.base, lambda f: self.count(f"failed: {f.kind}"), self.patience, stop.wait)
+        self.answers.put(request.key, answer, {"path": request.path, "body": request.body, "draw": request.draw})
         return answer
 
-    def _ask_all(self, requests: Sequence[Request]) -> list[dict]:
+    def ask(self, requests: Sequence[Request]) -> list[dict]:
+        "The answers as `read_reply` has them, in order. Raises EndpointError and SpendingLimit."
         try:
             return in_order(self._ask, requests, self.concurrency)
         except EndpointError as e:
             raise told(e, self.url, secret(self.url, self.key_variable)) from None
 
+# %% ../nbs/09_endpoints.ipynb #7172143b
+class EndpointLM:
+    """A model behind an OpenAI-compatible address, in the protocol `evaluate.LM`.
+
+    `url`: up to and without /chat/completions; `model`: as the server calls it; `name`: as reports call it (the model's name by default). `limit_name`: some
+    services want max_completion_tokens in a chat. `extra`: more fields of each request, None takes a field out. `bos`: the text of a token that begins
+    documents, for `loglikelihood_rolling`. All other settings are those of `Endpoint`: key_variable, cache, concurrency, prices, limit and so on."""
+
+    def __init__(self, url: str, model: str, name: str = "", limit_name: str = "max_tokens", extra: dict | None = None, bos: str = "", **settings):
+        self.endpoint, self.model, self.name, self.limit_name, self.extra, self.bos = Endpoint(url, **settings), model, name or model, limit_name, extra, bos
+
     def _requests(self, prompts, max_new_tokens, stop, sampling, seed) -> list[Request]:
+        "A request for each prompt; above temperature 0 a prompt that stands there again is another draw."
         seen, requests = Counter(), []
         for prompt in prompts:
             text = json.dumps(prompt)
-            requests.append(request_of(self.url, self.model, prompt, max_new_tokens, stop, sampling, (seed, seen[text]), self.limit_name, self.extra))
+            requests.append(request_of(self.endpoint.url, self.model, prompt, max_new_tokens, stop, sampling, (seed, seen[text]), self.limit_name, self.extra))
             seen[text] += 1
         return requests
 
     def estimate(self, prompts: Sequence[str | list[dict]], max_new_tokens: int = 64, stop: Sequence[str] = (), sampling: Sampling = Sampling(), seed: int = 0) -> dict:
         "What `generate` with these arguments would cost at most, as the function `estimate` has it, without what is `cached`. Sends nothing."
-        requests = {r.key: p for r, p in zip(self._requests(prompts, max_new_tokens, stop, sampling, seed), prompts)}
-        new = [p for key, p in requests.items() if self.answers.get(key) is None]
-        return estimate(new, max_new_tokens, self.price_in, self.price_out, self.tokenizer) | {"cached": len(requests) - len(new)}
+        requests, e = {r.key: p for r, p in zip(self._requests(prompts, max_new_tokens, stop, sampling, seed), prompts)}, self.endpoint
+        new = [p for key, p in requests.items() if e.answers.get(key) is None]
+        return estimate(new, max_new_tokens, e.price_in, e.price_out, e.tokenizer) | {"cached": len(requests) - len(new)}
 
     def generate(self, prompts: Sequence[str | list[dict]], max_new_tokens: int = 64, stop: Sequence[str] = (), sampling: Sampling = Sampling(), seed: int = 0) -> list[str]:
         """What the model writes after each prompt, cut at the first of the `stop` strings. A prompt that stands there several times is drawn several
         times above temperature 0, and asked once at 0. Raises NotImplementedError for plain texts where the server only chats."""
         try:
-            answers = self._ask_all(self._requests(prompts, max_new_tokens, stop, sampling, seed))
+            answers = self.endpoint.ask(self._requests(prompts, max_new_tokens, stop, sampling, seed))
         except EndpointError as e:
             if any(isinstance(p, str) for p in prompts) and e.failure.kind in ("404", "405", "501") and e.failure.code != "model_not_found":
                 raise NotImplementedError(f"{self.name}: the server does not continue plain texts (/completions): {e}") from None
             raise
-        self._count(*("cut at the limit" for a in answers if a["finish"] == "length"), *("empty" for a in answers if not a["text"]))
+        self.endpoint.count(*("cut at the limit" for a in answers if a["finish"] == "length"), *("empty" for a in answers if not a["text"]))
         return [min((a["text"].split(s)[0] for s in stop), key=len, default=a["text"]) for a in answers]
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
@@ -485,10 +496,10 @@ class EndpointLM:
 
         By `echo` with `logprobs` on /completions. Raises NotImplementedError, with the reason, where the server does not give it."""
         echo = (self.extra or {}) | {"echo": True, "logprobs": 1}
-        requests, out = [request_of(self.url, self.model, context + continuation, 1, extra=echo) for context, continuation in pairs], []
+        requests, out = [request_of(self.endpoint.url, self.model, context + continuation, 1, extra=echo) for context, continuation in pairs], []
         try:
             for part in (slice(0, 1), slice(1, None)):            # one alone first: many servers refuse
-                out += [continuation_logp(a, *pair) for a, pair in zip(self._ask_all(requests[part]), pairs[part])]
+                out += [continuation_logp(a, *pair) for a, pair in zip(self.endpoint.ask(requests[part]), pairs[part])]
         except EndpointError as e:
             if e.failure.kind not in ("400", "403", "404", "405", "422", "501") or e.failure.code in ("model_not_found", "context_length_exceeded"):
                 raise
@@ -503,7 +514,6 @@ class EndpointLM:
 
     def report(self) -> dict:
         "What was asked, what failed and what it cost: counts, money spent, and the models that the server says have answered."
-        with self._lock:
-            counts = dict(sorted(self.counts.items()))
-        return {"name": self.name, "counts": counts, "spent": self.budget.spent, "cache": {"answers": len(self.answers.answers), "damaged": self.answers.damaged},
-                "models": sorted({a["model"] for a in list(self.answers.answers.values()) if a.get("model")})}
+        e, answers = self.endpoint, self.endpoint.answers
+        return {"name": self.name, "counts": dict(sorted(e.counts.items())), "spent": e.budget.spent, "cache": {"answers": len(answers.answers), "damaged": answers.damaged},
+                "models": sorted({a["model"] for a in list(answers.answers.values()) if a.get("model")})}

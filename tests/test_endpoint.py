@@ -143,7 +143,7 @@ def test_what_waiting_does_not_help_is_asked_once(server, mood):
 def test_slow_is_a_timeout_and_tried_again(server):
     server.moods = ["slow"]
     lm = model(server, timeout=0.3)
-    assert lm.generate([say("x")]) == ["echo: x"] and lm.counts["failed: timeout"] == 1
+    assert lm.generate([say("x")]) == ["echo: x"] and lm.endpoint.counts["failed: timeout"] == 1
 
 
 def test_gives_up_and_says_where(server):
@@ -164,7 +164,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, monkeypatch, tmp_pa
     with pytest.raises(UserError) as e:
         lm.generate([say("y")])
     out = capsys.readouterr()
-    shown = [str(e.value), repr(e.value), repr(lm), json.dumps(lm.report()), (tmp_path / "c.jsonl").read_text(), out.out, out.err]
+    shown = [str(e.value), repr(e.value), repr(lm), repr(lm.endpoint), repr(vars(lm.endpoint)), json.dumps(lm.report()), (tmp_path / "c.jsonl").read_text(), out.out, out.err]
     assert not [s for s in shown if KEY in s] and "***" in shown[0]
     model(server).generate([say("x")])
     assert "another" not in server.headers[-1]["authorization"]
@@ -187,7 +187,7 @@ def test_stop_strings_and_what_was_cut_or_empty(server):
     server.moods = ["length"]
     lm = model(server)
     assert lm.generate([say("a b c d")], stop=["1", "2", "3", "4", "c"]) == ["e"]        # the fifth is not sent, and still cuts
-    assert server.seen[0][1]["stop"] == ["1", "2", "3", "4"] and lm.counts["cut at the limit"] == 1
+    assert server.seen[0][1]["stop"] == ["1", "2", "3", "4"] and lm.endpoint.counts["cut at the limit"] == 1
 
 
 def test_never_spends_more_than_the_limit(server):
@@ -196,8 +196,8 @@ def test_never_spends_more_than_the_limit(server):
     server.moods = ["500", "cut"]
     with pytest.raises(UserError, match="Raise the limit"):
         lm.generate([say(f"q{i} " + "word " * 80) for i in range(50)], max_new_tokens=50)
-    assert 0 < lm.budget.spent <= 0.002 and lm.budget.reserved == pytest.approx(0)
-    answered = len(lm.answers.answers)
+    assert 0 < lm.endpoint.budget.spent <= 0.002 and lm.endpoint.budget.reserved == pytest.approx(0)
+    answered = len(lm.endpoint.answers.answers)
     assert answered >= 5 and len(server.seen) - 2 == answered
     assert lm.estimate([say(f"q{i} " + "word " * 80) for i in range(50)], 50)["requests"] == 50 - answered
 
@@ -276,7 +276,7 @@ def test_our_own_server():
         assert [a.strip() for a in lm.generate([say("the ferry"), say("the pier")], 12)] == [w.strip() for w in wanted]
         drawn = [lm.generate([say("the ferry")] * 3, 12, sampling=Sampling(1.5, top_k=20), seed=s) for s in (0, 1)]
         assert len({*drawn[0], *drawn[1]}) == 6          # six draws, none like another
-        assert isinstance(lm.generate(["the north"], 4)[0], str) and lm.counts["cut at the limit"] > 0
+        assert isinstance(lm.generate(["the north"], 4)[0], str) and lm.endpoint.counts["cut at the limit"] > 0
         with pytest.raises(NotImplementedError, match="echo"):
             lm.loglikelihood([("the", " ferry")])
         with pytest.raises(UserError, match="maximum context"):
