@@ -290,10 +290,10 @@ def read_reply(raw: bytes, chat: bool = True) -> dict:
 
 
 def _kept(logprobs: dict) -> dict:
-    "Of the log-probabilities of a text: offsets of the tokens, their log-probabilities, the best one's, and where the last token ends."
+    "Of the log-probabilities of a text: where the tokens begin, their log-probabilities, the best one's, the first token, and where the last one ends."
     tops = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
     return {"at": logprobs["text_offset"], "logp": logprobs["token_logprobs"], "best": [max(t.values()) if t else None for t in tops],
-            "end": logprobs["text_offset"][-1] + len(logprobs["tokens"][-1]) if logprobs["tokens"] else 0}
+            "first": logprobs["tokens"][0], "end": logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])}
 
 # %% ../nbs/09_endpoints.ipynb #3d3eb7d1
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -312,13 +312,22 @@ def secret(url: str, key_variable: str) -> str:
     return key
 
 # %% ../nbs/09_endpoints.ipynb #c8e7efba
+def _prompt_tokens(answer: dict, text: str) -> int:
+    "How many of the echoed tokens are the prompt's; 0 where they do not add up to it. Servers differ in whether they count, and echo, a token that begins documents."
+    found = answer["logprobs"]
+    ends = [*found["at"][1:], found["end"]]
+    fits = {len(text)} | ({len(text) + len(found["first"])} if not text.startswith(found["first"]) else set())
+    told = answer.get("tokens_in") or 0
+    counted = sum(at < len(text) for at in found["at"])
+    return next((n for n in (told, told - 1, counted) if 0 < n <= len(ends) and ends[n - 1] - found["at"][0] in fits), 0)
+
+
 def continuation_logp(answer: dict, context: str, continuation: str) -> tuple[float, bool]:
     """Summed log-probability of the continuation in an echoed prompt, and whether each of its tokens was the likeliest.
 
     Raises NotImplementedError where the prompt was not echoed with log-probabilities, or where its first token has none."""
-    found, size = answer.get("logprobs"), len(context) + len(continuation)
-    n = answer.get("tokens_in") or (sum(at < size for at in found["at"]) if found else 0)
-    if not found or len(found["logp"]) < n or not n:
+    found, n = answer.get("logprobs"), _prompt_tokens(answer, context + continuation) if answer.get("logprobs") else 0
+    if not n:
         raise NotImplementedError("the server does not echo the prompt with log-probabilities")
     ends = [*found["at"][1:], found["end"]]
     inside = [i for i in range(n) if ends[i] - ends[n - 1] > -len(continuation)] if continuation else []
