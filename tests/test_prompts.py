@@ -125,7 +125,7 @@ def test_neither_length_nor_a_letter_gives_the_answer_away():
 
 
 # The word problems once more, worked out from the prompts alone.
-WORKED = {1: 6 * 9, 2: 50 - 18 + 7, 3: 35 * 2 + 60, 4: (11 * 60 + 15) - (9 * 60 + 40), 5: 312 / 24, 6: 87.5 / 5, 7: 240 * (1 - 3 / 4), 8: 80 * 85 / 100, 9: 18 * 2.5, 10: 300 / 4 * 10,
+WORKED = {1: 6 * 9, 2: 4 + 3, 3: 35 * 2 + 60, 4: (11 * 60 + 15) - (9 * 60 + 40), 5: 312 / 24, 6: 87.5 / 5, 7: 240 * (1 - 3 / 4), 8: 80 * 85 / 100, 9: 20 + 20, 10: 300 / 4 * 10,
           11: 7 + 3 + 7 + 3, 12: -(-128 // 30), 13: -(-100 // 6) * 6 - 100, 14: 12 * 3 + 5, 15: -4 + 11 - 3, 16: 14 * 25 + 20 * 6, 17: 14 * 22 - 250, 18: 4 * 7 - (6 + 8 + 5),
           19: (100 - 40) / ((100 - 64) / 3), 20: 1500 / (45 + 30), 21: 2500 / 125, 22: 1.8 / (2 + 7) * 7, 23: 2000 * 1.03 ** 2, 24: (41 - 9) / 2}
 
@@ -258,6 +258,15 @@ REPLIES = {
     "format-19": (["**Water** is cold.", "It is **so** cold."], ["**Water** is **cold**.", "*Water* is cold.", "The **cold water** runs."]),
     "format-23": (["S is for sand\nE is for eel\nA is for ale", "- Sun\n- Evening\n- Air"], ["Sun, Evening, Air", "Sea\nEel"]),
     "format-25": (['{ "sum" : 13 }', '```json\n{"sum": 13}\n```'], ['{"sum": "13"}', '{"sum": 14}', '{"sum": 13, "ok": true}', 'Here: {"sum": 13}']),
+    "classification-01": (["Negative."], ["positive", "It is positive, not negative."]),
+    "classification-02": (["Satisfied"], ["dissatisfied", "not satisfied"]),
+    "classification-04": (["Good.", "It is a good comment for the film."], ["not good", "bad"]),
+    "reading-08": (["No.", "**No**", "no, it doesn't"], ["I know: yes", "Yes", "not sure"]),
+    "reading-14": (["Amir.", "Amir sits in front of Pia."], ["Juan", "Juan, not Amir"]),
+    "logic-02": (["Cannot tell.", "We can't tell.", "It is impossible to say."], ["yes", "no"]),
+    "logic-04": (["Tara", "Tara is the youngest.", "Sunil is younger than Ravi, and Tara than Sunil. So it is Tara."], ["Ravi", "Tara is younger than Sunil. The youngest is Ravi.", "Sunil is younger than Tara is."]),
+    "logic-06": (["Green.", "the green box", "The lightest is the green one."], ["red", "The green one is lighter than the blue one. So red."]),
+    "logic-15": (["South.", "She now looks to the south."], ["southeast", "South, then west. So west."]),
     "code-13": (["rows[len(rows) - 1]", "Use `rows[-1]`."], ["rows[0]", "rows[-2]", "last(rows)"]),
     "code-14": (["for i in range(1, 11): print(i)", "for i in range(10): print(i + 1)"], ["for i in range(10): print(i)", "for i in range(1, 10): print(i)"]),
     "code-16": (["print(f\"Age: {12}\")", "print(\"Age:\", 12)", "print(\"Age: \" + \"12\")", "print(\"Age: 12\")"], ["print(\"Age: \" + 12)", "print(\"Age: \" + int(12))"]),
