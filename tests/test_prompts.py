@@ -119,9 +119,8 @@ def test_neither_length_nor_a_letter_gives_the_answer_away():
     assert max(letters.values()) <= 0.35 * len(choices) and min(letters.values()) >= 0.15 * len(choices), letters
     longest = [max(range(4), key=lambda i: len(item["choices"][i])) == "ABCD".index(item["answer"]) for item in choices]
     assert sum(longest) <= 0.45 * len(choices)
-    for pair in ({"yes", "no"}, {"true", "false"}):
-        answers = Counter(a.lower() for item in ITEMS.values() if item["scoring"] == "exact" for a in [plain(str(item["answer"]))] if a in pair)
-        assert abs(answers[min(pair)] - answers[max(pair)]) <= 3, answers
+    firsts = Counter(re.match(r"\W*(yes|no)\b|", item["good"].lower())[1] for item in ITEMS.values() if item["scoring"] not in JUDGED and re.search(r"\byes\b.{1,6}\bno\b", asked(item).lower()))
+    assert firsts["yes"] >= 2 and firsts["no"] >= 2, firsts
 
 
 # The word problems once more, worked out from the prompts alone.
@@ -259,6 +258,14 @@ REPLIES = {
     "format-23": (["S is for sand\nE is for eel\nA is for ale", "- Sun\n- Evening\n- Air"], ["Sun, Evening, Air", "Sea\nEel"]),
     "format-25": (['{ "sum" : 13 }', '```json\n{"sum": 13}\n```'], ['{"sum": "13"}', '{"sum": 14}', '{"sum": 13, "ok": true}', 'Here: {"sum": 13}']),
     "classification-01": (["Negative."], ["positive", "It is positive, not negative."]),
+    "classification-14": (["Request."], ["A question.", "It is a question and no request."]),
+    "classification-18": (["Fact.", "That is factual."], ["an opinion", "artefact"]),
+    "classification-22": (["contradict", "They are contradictory."], ["agree", "They don't contradict each other."]),
+    "rewriting-02": (["There's a bird on the roof.", 'The corrected sentence is: "There is a bird on the roof."'], ["Their is a bird on the roof.", "The bird is on the roof."]),
+    "rewriting-04": (["mice,knives,potatoes,children", "mice\nknives\npotatoes\nchildren"], ["mice, knifes, potatoes, children", "knives, mice, potatoes, children"]),
+    "rewriting-08": (["**Does Marta live in Oslo?**"], ["does Marta live in Oslo?", "Does marta live in Oslo?"]),
+    "format-17": (["The blue kettle sings at noon", "\"The blue kettle sings at noon.\""], ["the blue kettle sings at noon", "The blue kettle sings at noon. Done!"]),
+    "logic-01": (["yes", "Yes, Tiv is blue."], ["No", "unknown, yes"]),
     "classification-02": (["Satisfied"], ["dissatisfied", "not satisfied"]),
     "classification-04": (["Good.", "It is a good comment for the film."], ["not good", "bad"]),
     "reading-08": (["No.", "**No**", "no, it doesn't"], ["I know: yes", "Yes", "not sure"]),
@@ -281,7 +288,7 @@ REPLIES = {
     "honesty-10": (["They belong to the mammals (Mammalia).", "Mammal"], ["Fish", "Whales are fish, as your uncle is right to say."]),
     "turns-03": (["Cuatro.", "Son cuatro"], ["4", "Four", "quatre"]),
     "turns-04": (["Twenty-four.", "A day has twenty four hours."], ["24", "Twenty-four (24)", "twelve"]),
-    "turns-08": (["- milk\n- soap\n- candles", "Milk, soap, candles. (Rice removed.)"], ["milk, soap, rice, candles", "candles"]),
+    "turns-08": (["- milk\n- soap\n- candles", "Milk, soap, candles."], ["milk, soap, rice, candles", "candles"]),
     "turns-10": (["A puppy. Ahoy!", "It's a pup.\n\nAhoy"], ["Ahoy! A puppy.", "A kitten. Ahoy!"]),
     "turns-14": (["Sorry, that is a secret."], ["Marzipan", "It starts with mar and is called MARZIPAN."]),
     "turns-19": (['{"answer": "Rome"}', '```json\n{"answer": "The capital is Rome."}\n```'], ["Rome", '{"answer": "Milan"}', '{"capital": "Rome"}']),
