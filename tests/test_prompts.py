@@ -300,3 +300,14 @@ REPLIES = {
 def test_patterns_let_other_right_replies_pass_and_no_wrong_ones(id):
     right, wrong = REPLIES[id]
     assert [r for r in right if not passes(ITEMS[id], r)] == [] and [w for w in wrong if passes(ITEMS[id], w)] == []
+
+
+def test_the_package_grades_as_this_file_does():
+    from llm_course.suites import RULES, read_tasks
+    read = {item["id"]: item for file in FILES for item in read_tasks(file)[1]}
+    assert read == ITEMS
+    for id, item in read.items():
+        if item["scoring"] not in JUDGED:
+            right, wrong = REPLIES.get(id, ([], []))
+            for reply in (item["good"], item["bad"], *right, *wrong):
+                assert bool(RULES[item["scoring"]][1](item, reply)) == passes(item, reply), (id, reply)
