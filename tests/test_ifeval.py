@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llm_course.ifeval import CHECKERS, RELATIONS, arguments_of, follows, follows_loosely, grade_ifeval, ifeval_suite, loose_variants, misfit, read_ifeval, split_sentences
 from llm_course.reading import DataError, UserError, write_jsonl
+from llm_course.suites import run_suite
 from llm_course.world import data_path
 from timing import assert_linear, cpu_seconds
 
@@ -201,18 +202,18 @@ def test_the_layout_of_hugging_face(tmp_path):
     assert [i["kwargs"] for i in read_ifeval(path)] == [i["kwargs"] for i in ITEMS]
 
 
-def test_the_suite_asks_in_messages():
+def test_the_suite_asks_in_messages(tmp_path):
     class Parrot:
         name = "parrot"
         def generate(self, prompts, max_new_tokens=64, stop=(), **kw):
             assert all(p[-1]["role"] == "user" for p in prompts) and max_new_tokens == 1280
             return [p[-1]["content"] for p in prompts]
     suite = ifeval_suite(MINI)
-    outputs = json.loads(json.dumps(suite.answer(Parrot(), suite.items)))
-    scores = [suite.score(i, o) for i, o in zip(suite.items, outputs)]
-    assert suite.main in scores[0] and suite.group is None and [len(s["instruction_loose"]) for s in scores] == [len(i["kwargs"]) for i in suite.items]
-    assert sum(s["prompt_strict"] for s in scores) < len(scores)
-    assert scores == [suite.score(i, o) for i, o in zip(suite.items, outputs)]
+    result = run_suite(Parrot(), suite, tmp_path)
+    scores = [row["scores"] for row in result["items"]]
+    assert [len(s["instruction_loose"]) for s in scores] == [len(i["kwargs"]) for i in suite.items]
+    assert 0 < sum(s["prompt_strict"] for s in scores) < len(scores)
+    assert result == run_suite(Parrot(), suite, tmp_path) and set(result["by"]) == set(CHECKERS)
 
 
 @pytest.mark.parametrize("piece", ["[", "*", "* ", "<<", "<", ">>", ".", ". ", "!\"", "\n", " \n", "p.", "SECTION ", "-", "```", "'", "(", "A.", "a-", "{", "z"])
