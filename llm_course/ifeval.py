@@ -12,7 +12,7 @@ __all__ = ['RELATIONS', 'ABBREVIATIONS', 'OPENERS', 'SENTENCE_END', 'NEXT_WORD',
            'english_lowercase', 'arguments_of', 'follows', 'loose_variants', 'follows_loosely', 'misfit', 'read_ifeval',
            'grade_ifeval', 'by_type', 'ifeval_suite']
 
-# %% ../nbs/09a_instructions.ipynb #6f01994e
+# %% ../nbs/09a_instructions.ipynb #d8117293
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from .lm import LM
 from .reading import DataError, UserError, read_rows
 from .suites import Suite
 
-# %% ../nbs/09a_instructions.ipynb #c6d9f5d8
+# %% ../nbs/09a_instructions.ipynb #8b8eb475
 RELATIONS = ("less than", "at least")
 
 
@@ -36,7 +36,7 @@ def compare(count: int, relation: str, limit: int) -> bool:
         raise UserError(f"relation {relation!r} is unknown; give one of {', '.join(map(repr, RELATIONS))}")
     return count < limit if relation == "less than" else count >= limit
 
-# %% ../nbs/09a_instructions.ipynb #45f633a7
+# %% ../nbs/09a_instructions.ipynb #504e8a20
 def existence(answer: str, *, keywords: list[str]) -> bool:
     "Does each keyword occur, be it within a longer word?"
     return all(word.lower() in answer.lower() for word in keywords)
@@ -56,7 +56,7 @@ def letter_frequency(answer: str, *, letter: str, let_frequency: int, let_relati
     "Does the letter, or other character, occur so many times?"
     return compare(answer.lower().count(letter.lower()), let_relation, let_frequency)
 
-# %% ../nbs/09a_instructions.ipynb #a2d5e6c8
+# %% ../nbs/09a_instructions.ipynb #d11ab556
 def number_words(answer: str, *, num_words: int, relation: str) -> bool:
     "Does it have so many words, that is runs of letters, digits and underscores?"
     return compare(len(re.findall(r"\w+", answer)), relation, num_words)
@@ -82,7 +82,7 @@ def nth_paragraph_first_word(answer: str, *, num_paragraphs: int, nth_paragraph:
     word = paragraphs[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"')
     return re.split(r"[.,?!'\"]", word)[0].lower() == first_word.lower()
 
-# %% ../nbs/09a_instructions.ipynb #200709c1
+# %% ../nbs/09a_instructions.ipynb #664ad35a
 ABBREVIATIONS = frozenset("adm apr aug ave bros capt co col corp dec dept dr etc feb fig ft gen gov inc jan jr lt ltd maj mr mrs ms mt nov oct ph.d prof rep rev sen sept sgt sr "
                           "st vol vs".split())
 OPENERS = frozenset("although an and as at but for he her his how however i if in is it its my no not now on one our she so some that the their then there these they this those "
@@ -115,7 +115,7 @@ def number_sentences(answer: str, *, num_sentences: int, relation: str) -> bool:
     "Does it have so many sentences?"
     return compare(len(split_sentences(answer)), relation, num_sentences)
 
-# %% ../nbs/09a_instructions.ipynb #18ab5fdc
+# %% ../nbs/09a_instructions.ipynb #f74c138f
 def number_bullet_lists(answer: str, *, num_bullets: int) -> bool:
     "Are there exactly so many bullet points: lines that begin with one `*` and something after it, or with `-`?"
     return len(re.findall(r"^[^\S\n]*(?:\*[^*\n]|-)", answer, re.MULTILINE)) == num_bullets
@@ -151,7 +151,7 @@ def constrained_response(answer: str) -> bool:
     "Does one of the three fixed answers occur?"
     return any(f"My answer is {word}." in answer for word in ("yes", "no", "maybe"))
 
-# %% ../nbs/09a_instructions.ipynb #c92ee466
+# %% ../nbs/09a_instructions.ipynb #e61c3bc7
 def number_placeholders(answer: str, *, num_placeholders: int) -> bool:
     "Are there at least so many placeholders in square brackets?"
     return len(re.findall(r"\[[^\[\]\n]*\]", answer)) >= num_placeholders
@@ -185,7 +185,7 @@ def quotation(answer: str) -> bool:
     text = answer.strip()
     return len(text) > 1 and text[0] == text[-1] == '"'
 
-# %% ../nbs/09a_instructions.ipynb #f356cce8
+# %% ../nbs/09a_instructions.ipynb #01e3fa6f
 def capital_word_frequency(answer: str, *, capital_frequency: int, capital_relation: str) -> bool:
     "Are there so many words in capital letters?"
     return compare(sum(word.isupper() for word in re.findall(r"\w+(?:[-.:/]\w+)*", answer)), capital_relation, capital_frequency)
@@ -195,7 +195,7 @@ def no_comma(answer: str) -> bool:
     "Is there no comma?"
     return "," not in answer
 
-# %% ../nbs/09a_instructions.ipynb #5d5b820e
+# %% ../nbs/09a_instructions.ipynb #143eec59
 SECOND_CHOICE = 0.25
 
 
@@ -219,7 +219,7 @@ def english_lowercase(answer: str) -> bool:
     "Is the answer English, all its letters small?"
     return answer.islower() and _in_language(answer, "en")
 
-# %% ../nbs/09a_instructions.ipynb #8bfe6760
+# %% ../nbs/09a_instructions.ipynb #b209ba9d
 CHECKERS: dict[str, Callable[..., bool]] = {
     "keywords:existence": existence, "keywords:frequency": frequency,
     "keywords:forbidden_words": forbidden_words, "keywords:letter_frequency": letter_frequency,
@@ -240,12 +240,12 @@ def arguments_of(instruction: str) -> dict[str, type]:
     "Names and types of the arguments that an instruction takes."
     return {name: p.annotation for name, p in list(signature(CHECKERS[instruction]).parameters.items())[1:]}
 
-# %% ../nbs/09a_instructions.ipynb #f83c9f30
+# %% ../nbs/09a_instructions.ipynb #e36f6163
 def follows(answer: str, instruction: str, kwargs: dict) -> bool:
     "Does an answer follow an instruction (an id of `CHECKERS`, with its arguments)? One without text follows none."
     return bool(answer.strip()) and CHECKERS[instruction](answer, **kwargs)
 
-# %% ../nbs/09a_instructions.ipynb #c930094c
+# %% ../nbs/09a_instructions.ipynb #06811c7f
 def loose_variants(answer: str) -> list[str]:
     "The eight variants of an answer of which one must follow: without first line, last line, both or none, each with and without `*`."
     lines = answer.split("\n")
@@ -257,7 +257,7 @@ def follows_loosely(answer: str, instruction: str, kwargs: dict) -> bool:
     "Does any of the loose variants of an answer follow an instruction?"
     return any(follows(text, instruction, kwargs) for text in loose_variants(answer))
 
-# %% ../nbs/09a_instructions.ipynb #4f3cb37e
+# %% ../nbs/09a_instructions.ipynb #0ca60e83
 FITTING: dict[object, tuple[Callable[[object], bool], str]] = {
     int: (lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
     str: (lambda v: isinstance(v, str) and v.strip() != "", "a text that is not blank"),
@@ -283,7 +283,7 @@ def misfit(instruction: object, kwargs: object) -> str:
         return f"{instruction}: nth_paragraph must lie between 1 and num_paragraphs, not be {kwargs['nth_paragraph']} of {kwargs['num_paragraphs']}"
     return ""
 
-# %% ../nbs/09a_instructions.ipynb #dfe8ff10
+# %% ../nbs/09a_instructions.ipynb #37344c44
 def _item(where: str, row: dict) -> dict:
     "A row of a file as an item. Raises DataError."
     missing = [k for k in ("key", "prompt", "instruction_id_list", "kwargs") if k not in row]
@@ -312,7 +312,7 @@ def read_ifeval(path: str | Path) -> list[dict]:
         items[item["id"]] = item
     return list(items.values())
 
-# %% ../nbs/09a_instructions.ipynb #a058c8c3
+# %% ../nbs/09a_instructions.ipynb #92424959
 def grade_ifeval(item: dict, answer: str) -> dict:
     "Metrics of an answer: `prompt_strict` and `prompt_loose`, 0 or 1, and `instruction_strict` and `instruction_loose`, one 0 or 1 for each instruction."
     each = {how: [int(check(answer, name, kwargs)) for name, kwargs in zip(item["instruction_id_list"], item["kwargs"])]
@@ -328,13 +328,14 @@ def by_type(items: Sequence[dict], verdicts: Sequence[Sequence[int]]) -> dict[st
             seen.setdefault(name, []).append(verdict)
     return dict(sorted(((name, rate(sum(v), len(v))) for name, v in seen.items()), key=lambda x: x[1]["value"]))
 
-# %% ../nbs/09a_instructions.ipynb #8ab95544
+# %% ../nbs/09a_instructions.ipynb #4f15503d
 def ifeval_suite(path: str | Path, max_new_tokens: int = 1280) -> Suite:
     """IFEval from a file in its format: each prompt as a message, greedy answers, metrics of `grade_ifeval`.
 
-    Raises DataError as `read_ifeval` does."""
+    An answer gets `max_new_tokens`, but at most half of the model's context (its `context` or `max_len`, where it has one). Raises DataError as `read_ifeval` does."""
     def answer(lm: LM, items: Sequence[dict]) -> list[dict]:
-        texts = lm.generate([[{"role": "user", "content": item["prompt"]}] for item in items], max_new_tokens=max_new_tokens)
+        context = getattr(lm, "context", getattr(lm, "max_len", 2 * max_new_tokens))
+        texts = lm.generate([[{"role": "user", "content": item["prompt"]}] for item in items], max_new_tokens=min(max_new_tokens, context // 2))
         return [{"prompt": item["prompt"], "answer": text} for item, text in zip(items, texts)]
 
     return Suite("ifeval", read_ifeval(path), answer, lambda item, output: grade_ifeval(item, output["answer"]), main="prompt_strict", by="instruction_id_list",

@@ -216,6 +216,19 @@ def test_the_suite_asks_in_messages(tmp_path):
     assert result == run_suite(Parrot(), suite, tmp_path) and set(result["by"]) == set(CHECKERS)
 
 
+@pytest.mark.parametrize("limit, most", [({}, 1280), ({"context": 256}, 128), ({"max_len": 2048}, 1024), ({"context": 8192}, 1280)])
+def test_the_prompt_keeps_its_room(limit, most):
+    class Small:
+        name = "small"
+        def generate(self, prompts, max_new_tokens=64, **kw):
+            assert max_new_tokens == most
+            return ["yes"] * len(prompts)
+    lm = Small()
+    vars(lm).update(limit)
+    suite = ifeval_suite(MINI)
+    assert len(suite.answer(lm, suite.items)) == len(suite.items)
+
+
 @pytest.mark.parametrize("piece", ["[", "*", "* ", "<<", "<", ">>", ".", ". ", "!\"", "\n", " \n", "p.", "SECTION ", "-", "```", "'", "(", "A.", "a-", "{", "z"])
 def test_a_hostile_answer_takes_linear_time(piece):
     def seconds(size):
