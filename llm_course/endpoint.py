@@ -464,7 +464,7 @@ class Endpoint:
 
 # %% ../nbs/09_endpoints.ipynb #7172143b
 class EndpointLM:
-    """A model behind an OpenAI-compatible address, in the protocol `evaluate.LM`.
+    """A model behind an OpenAI-compatible address, in the protocol `lm.LM`.
 
     `url`: up to and without /chat/completions; `model`: as the server calls it; `name`: as reports call it (the model's name by default). `limit_name`: some
     services want max_completion_tokens in a chat. `extra`: more fields of each request, None takes a field out. `bos`: the text of a token that begins
@@ -472,6 +472,7 @@ class EndpointLM:
 
     def __init__(self, url: str, model: str, name: str = "", limit_name: str = "max_tokens", extra: dict | None = None, bos: str = "", **settings):
         self.endpoint, self.model, self.name, self.limit_name, self.extra, self.bos = Endpoint(url, **settings), model, name or model, limit_name, extra, bos
+        self.key = f"{model} at {self.endpoint.url}"            # tells apart what is kept of several models
 
     def _requests(self, prompts, max_new_tokens, stop, sampling, seed) -> list[Request]:
         "A request for each prompt; above temperature 0 a prompt that stands there again is another draw."

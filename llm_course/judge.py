@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from .endpoint import AnswerCache, request_of
-from .evaluate import LM
 from .generate import Sampling
 from .instructions import parse_score
 from .intervals import mean_interval, paired_difference, rate
+from .lm import LM
 from .reading import DataError, UserError, read_rows
 from .suites import Suite
 
@@ -110,7 +110,7 @@ class LMJudge:
 
     def _request(self, prompt: str | list[dict]):
         talk, o = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt), self.options
-        return talk, request_of("judge", self.name, talk, o["max_new_tokens"], sampling=o["sampling"], draw=(o["seed"], 0))
+        return talk, request_of("judge", getattr(self.lm, "key", self.name), talk, o["max_new_tokens"], sampling=o["sampling"], draw=(o["seed"], 0))
 
     def many(self, prompts: Sequence[str | list[dict]]) -> list[str]:
         "What the judge says to each prompt, in order; equal prompts are asked once."
@@ -124,7 +124,7 @@ class LMJudge:
 
 
 def judge_of(lm: LM, max_new_tokens: int = 512, sampling: Sampling = Sampling(), seed: int = 0, cache: str | Path | None = None) -> LMJudge:
-    "A judge out of any model of the protocol `evaluate.LM`; what it said is kept in `cache` (a file), or in memory."
+    "A judge out of any model of the protocol `lm.LM`; what it said is kept in `cache` (a file), or in memory."
     return LMJudge(lm, max_new_tokens, sampling, seed, cache)
 
 # %% ../nbs/09b_judges.ipynb #b9eced87
@@ -388,9 +388,11 @@ def mt_bench_suite(questions: str | Path, judge: Judge, references: str | Path |
     """MT-Bench's single grades as a suite, from FastChat's files. `templates`: its judge_prompts.jsonl, for figures comparable with published ones; then grades
     are read as it reads them too. Otherwise the prompts are our own. Raises DataError for files of another form."""
     prompts = read_templates(templates) if templates else MT_TEMPLATES
+    who = f"{getattr(judge, 'name', getattr(judge, '__name__', 'a judge'))}, {'prompts of a file' if templates else 'our prompts'}"
+    items = [i | {"judge": who} for i in read_mt_bench(questions, references)]      # answers are kept with the judge's words: another judge, other items
     answer = lambda lm, items: judge_mt_bench(items, answer_two_turns(lm, items, max_new_tokens, seed), judge, prompts)
-    return Suite("mt_bench", read_mt_bench(questions, references), answer, lambda item, output: mt_bench_score(item, output, first=bool(templates)), "score",
-                 texts=lambda item: item["turns"])
+    return Suite("mt_bench", items, answer, lambda item, output: mt_bench_score(item, output, first=bool(templates)), "score", by="category",
+                 texts=lambda item: item["turns"], about="Two turns, graded from 1 to 10 by a judge.")
 
 
 def mt_bench_table(items: Sequence[dict], outputs: Sequence[dict], first: bool = False) -> dict[str, dict]:

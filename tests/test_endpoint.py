@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 pytest.importorskip("openai")
 
 from llm_course.endpoint import AnswerCache, EndpointLM, Unreadable, read_reply, request_of
-from llm_course.evaluate import LM
 from llm_course.generate import Sampling
+from llm_course.lm import LM
 from llm_course.reading import UserError
 
 KEY = "sk-very-secret-0123456789"

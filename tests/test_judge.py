@@ -14,7 +14,11 @@ from llm_course.generate import Sampling
 from llm_course.judge import (MT_TEMPLATES, answer_two_turns, compare_answers, duels, filled, fit_logistic, grade_answers, habits, judge_mt_bench, judge_of, length_controlled, longest,
                               mt_bench_pairs, mt_bench_score, mt_bench_suite, mt_bench_table, mt_prompt, parse_checks, parse_rating, parse_verdict, read_mt_bench, read_templates,
                               self_preference, settle, template_name)
+from llm_course.lm import ModelLM
+from llm_course.model import ModelConfig, Transformer
 from llm_course.reading import DataError, UserError
+from llm_course.suites import run_suite
+from llm_course.tokenizer import train_tokenizer
 
 
 class StandIn:
@@ -92,6 +96,26 @@ def test_the_suite_from_end_to_end(mt):
     assert table["turn 1"]["n"] + table["turn 2"]["n"] == 160 - failures and set(table) >= {"math", "roleplay", "all"}
     assert json.loads(json.dumps(outputs)) == outputs
     assert suite.texts(suite.items[0]) == suite.items[0]["turns"] and suite.main == "score"
+
+
+def test_run_as_any_suite_and_started_again(mt, tmp_path):
+    suite = mt_bench_suite(mt["questions"], judge_of(Grader("grader")), mt["references"], max_new_tokens=32)
+    result = run_suite(StandIn(), suite, tmp_path, limit=16)
+    assert result["unanswered"] == 0 and len(result["by"]) == 8 and 1 <= result["metrics"]["score"]["value"] <= 10
+    assert result["metrics"]["score"]["missing"] == sum(i["scores"]["score"] is None for i in result["items"])
+    again = StandIn()
+    assert run_suite(again, suite, tmp_path, limit=16)["metrics"] == result["metrics"] and not again.asked
+    other = mt_bench_suite(mt["questions"], judge_of(Grader("another")), mt["references"], max_new_tokens=32)
+    with pytest.raises(UserError, match="another folder"):
+        run_suite(again, other, tmp_path, limit=16)
+
+
+def test_a_local_model_judges_and_is_judged(mt):
+    tok = train_tokenizer(["which answer is better [[A]] or [[B]] and why " * 4], 300)
+    lm = ModelLM(Transformer(ModelConfig(len(tok), dim=32, n_layers=1, n_heads=2, max_seq_len=256)), tok)
+    items = read_mt_bench(mt["questions"], mt["references"])[::20]
+    outputs = judge_mt_bench(items, answer_two_turns(lm, items, 8), judge_of(lm, 8))
+    assert mt_bench_table(items, outputs)["unreadable"] == 2 * len(items) and [len(o["turns"]) for o in outputs] == [2] * len(items)
 
 
 def test_as_fastchat_counts_where_it_drops(mt):
