@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'FORMATS', 'read_choices', 'choice_block', 'choice_prompt', 'mmlu_suite', 'mmlu_chat_suite',
-           'completion_item', 'read_completions', 'completion_suite', 'blimp_suite', 'strict_answer', 'flexible_answer',
-           'careful_answer', 'grade_gsm8k', 'gsm8k_suite']
+           'completion_item', 'read_completions', 'completion_suite', 'blimp_suite', 'minimal_pairs', 'strict_answer',
+           'flexible_answer', 'careful_answer', 'grade_gsm8k', 'gsm8k_suite']
 
 # %% ../nbs/09a_benchmarks.ipynb #be000004
 import csv
 import math
+import random
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -18,6 +19,7 @@ from pathlib import Path
 from .lm import LM
 from .reading import DataError, UserError, data_files, read_rows
 from .suites import NUMBER, Suite, as_decimal, chosen_letter, last_number
+from .world import vocabulary
 
 # %% ../nbs/09a_benchmarks.ipynb #be000007
 LETTERS = "ABCDEFGH"
@@ -183,16 +185,16 @@ def completion_suite(path: str | Path | Sequence[dict], name: str | None = None)
     return Suite(name or Path(path).stem, items, answer, score, "acc", texts=lambda i: [i["pairs"][i["gold"] or 0][0]], chance=guess)
 
 # %% ../nbs/09a_benchmarks.ipynb #be00001b
-def blimp_suite(path: str | Path, name: str = "blimp", lead: str = "") -> Suite:
-    """Minimal pairs `{"sentence_good", "sentence_bad", "UID"}` of one file or a folder: metric `acc`, clustered and told apart `by` paradigm (UID).
+def blimp_suite(path: str | Path | Sequence[dict], name: str = "blimp", lead: str = "") -> Suite:
+    """Minimal pairs `{"sentence_good", "sentence_bad", "UID"}` of one file or a folder, or as rows: metric `acc`, clustered and told apart `by` paradigm (UID).
 
     `lead` stands before each sentence; lm-evaluation-harness has a space there. Raises DataError, with the line, for other rows."""
     items = []
-    for file in data_files(path):
-        for where, row in read_rows(file):
-            if not {"sentence_good", "sentence_bad"} <= row.keys():
-                raise DataError(f"{where}: found the names {', '.join(sorted(row))}", remedy="Give BLiMP's own files: sentence_good, sentence_bad, UID")
-            items.append({"id": f"{row.get('UID', file.stem)}/{row.get('pairID', len(items))}", "uid": row.get("UID", file.stem), "good": row["sentence_good"], "bad": row["sentence_bad"]})
+    placed = (x for file in data_files(path) for x in read_rows(file)) if isinstance(path, (str, Path)) else ((f"row {k}", row) for k, row in enumerate(path, 1))
+    for where, row in placed:
+        if not {"sentence_good", "sentence_bad", "UID"} <= row.keys():
+            raise DataError(f"{where}: found the names {', '.join(sorted(row))}", remedy="Give BLiMP's own files: sentence_good, sentence_bad, UID")
+        items.append({"id": f"{row['UID']}/{row.get('pairID', len(items))}", "uid": row["UID"], "good": row["sentence_good"], "bad": row["sentence_bad"]})
 
     def answer(lm: LM, some: Sequence[dict]) -> list[dict]:
         found = iter(lm.loglikelihood([("", lead + i[k]) for i in some for k in ("good", "bad")]))
@@ -203,6 +205,24 @@ def blimp_suite(path: str | Path, name: str = "blimp", lead: str = "") -> Suite:
     return Suite(name, items, answer, score, "acc", group="uid", by="uid", texts=lambda i: [i["good"]], chance=0.5)
 
 # %% ../nbs/09a_benchmarks.ipynb #be00001e
+def minimal_pairs(n: int = 40, seed: int = 0) -> list[dict]:
+    "Minimal pairs in the words of the village, `n` of each of seven paradigms, in BLiMP's format."
+    words, rng = vocabulary(), random.Random(f"pairs-{seed}")
+    things, places, people = words["story"]["things"], words["story"]["places"], words["names"]
+    def sentences(kind: str) -> tuple[str, str]:
+        (a, pronoun), (b, _) = rng.sample(people, 2)
+        thing, place, other = rng.choice(things), rng.choice(places), {"he": "she", "she": "he"}[pronoun]
+        return {"verb form": (f"One morning {a} went to the {place}.", f"One morning {a} go to the {place}."),
+                "irregular past": (f"{a} took a {thing} from the ground.", f"{a} taked a {thing} from the ground."),
+                "word order": (f"{a} stood at the {place}.", f"{a} stood the at {place}."),
+                "agreement, one": (f"{a} likes fishing.", f"{a} like fishing."),
+                "agreement, two": (f"{a} and {b} were at the {place}.", f"{a} and {b} was at the {place}."),
+                "article": (f"{a} found a {thing}.", f"{a} found an {thing}."),
+                "pronoun": (f"{a} is a farmer. {pronoun.title()} likes peas.", f"{a} is a farmer. {other.title()} likes peas.")}[kind]
+    kinds = ("verb form", "irregular past", "word order", "agreement, one", "agreement, two", "article", "pronoun")
+    return [{"UID": kind, "pairID": str(k), "sentence_good": good, "sentence_bad": bad} for kind in kinds for k in range(n) for good, bad in [sentences(kind)]]
+
+# %% ../nbs/09a_benchmarks.ipynb #be000021
 def _harness_normal(text: str) -> str:
     "What lm-evaluation-harness compares: without commas, dollar signs, everything up to `#### `, and a final full stop, in lower case."
     for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
@@ -221,7 +241,7 @@ def flexible_answer(text: str) -> str | None:
     found = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
     return _harness_normal(next(x for x in found[-1] if x)) if found else None
 
-# %% ../nbs/09a_benchmarks.ipynb #be000021
+# %% ../nbs/09a_benchmarks.ipynb #be000024
 def careful_answer(text: str) -> Decimal | None:
     "The number after the last `####`, else after the last `answer is` or in the last `\\\\boxed{}`, else the last number of the text; as a value."
     told = re.findall(r"(?i)answer is:?\s*([^\n]*)|\\boxed\{([^}]*)\}", text)
@@ -237,7 +257,7 @@ def grade_gsm8k(reply: str, reference: str) -> dict[str, float]:
     return {"strict": float(strict_answer(reply) == want), "flexible": float(flexible_answer(reply) == want),
             "careful": float(careful is not None and careful == careful_answer(reference))}
 
-# %% ../nbs/09a_benchmarks.ipynb #be000026
+# %% ../nbs/09a_benchmarks.ipynb #be000029
 def gsm8k_suite(test: str | Path, train: str | Path | None = None, shots: int = 5, chat: bool = False, max_new_tokens: int = 256, name: str = "gsm8k") -> Suite:
     """GSM8K's word problems (`question`, `answer`): metrics `careful`, `flexible` and `strict`.
 

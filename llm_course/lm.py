@@ -238,19 +238,23 @@ def perplexity_matrix(models: dict[str, LM], sources: dict[str, Sequence[str]]) 
     return {m: {s: text_bits(lm.loglikelihood_rolling(texts), texts) for s, texts in sources.items()} for m, lm in models.items()}
 
 # %% ../nbs/09_likelihood.ipynb #61000036
-def matrix_figure(matrix: dict[str, dict[str, dict]]):
-    "A heat map of a `perplexity_matrix`: dark is well predicted."
+def matrix_figure(matrix: dict[str, dict[str, dict]], rows_are: str = "trained on"):
+    "A heat map of a `perplexity_matrix`: dark is well predicted; `rows_are` says what its rows are."
     from matplotlib.figure import Figure
     rows, columns = list(matrix), list(next(iter(matrix.values())))
     figure = Figure(figsize=(1.6 + 1.1 * len(columns), 1.4 + 0.5 * len(rows)), layout="constrained")
     ax, values = figure.add_subplot(), [[matrix[m][s]["value"] for s in columns] for m in rows]
-    ax.imshow(values, cmap="viridis", aspect="auto")
+    ax.pcolormesh(values, cmap="viridis")                  # drawn as shapes: a report may fetch and embed nothing
+    ax.invert_yaxis()
     middle = (max(map(max, values)) + min(map(min, values))) / 2
     for r, row in enumerate(values):
         for c, v in enumerate(row):
-            ax.text(c, r, f"{v:.2f}", ha="center", va="center", color="black" if v > middle else "white")
-    ax.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows, xlabel="tested on", ylabel="trained on")
-    ax.set_title("Bits per byte")
+            ax.text(c + 0.5, r + 0.5, f"{v:.2f}", ha="center", va="center", color="black" if v > middle else "white")
+    ax.set(xticks=[c + 0.5 for c in range(len(columns))], xticklabels=columns, yticks=[r + 0.5 for r in range(len(rows))], yticklabels=rows, xlabel="tested on", ylabel=rows_are, title="Bits per byte")
+    for part in (ax.title, ax.xaxis.label, ax.yaxis.label):
+        part.set_color("#808080")
+    ax.tick_params(colors="#808080")
+    figure.patch.set_alpha(0)
     return figure
 
 # %% ../nbs/09_likelihood.ipynb #61000039
