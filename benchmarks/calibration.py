@@ -98,15 +98,14 @@ def one_study(judge: np.ndarray, votes: list[np.ndarray], n: int, rng: np.random
 
 def corrected(models: list[str], people: dict, gpt4: dict, repeats: int) -> dict:
     "Win rates from n human votes: width and coverage over many draws, mean over the models; and what the judge alone says."
-    sizes, about, widths = (25, 50, 100, 200, 400), {}, {n: defaultdict(list) for n in (25, 50, 100, 200, 400)}
+    about, widths = {}, {n: defaultdict(list) for n in (25, 50, 100, 200, 400)}
     for m in models:
         items, judge, votes = win_points(m, people, gpt4)
         truth, rng = float(np.mean([v.mean() for v in votes])), np.random.default_rng(0)
-        alone = ppi_mean(judge, judge, judge, power_tuning=False)      # the plain interval of the judge's own mean
-        half = 1.959963984540054 * judge.std() / np.sqrt(len(judge))
-        about[m] = {"items": len(items), "truth": truth, "judge_only": {"value": alone["judge_only"], "low": alone["judge_only"] - half, "high": alone["judge_only"] + half},
+        alone, half = float(judge.mean()), float(1.959963984540054 * judge.std() / np.sqrt(len(judge)))
+        about[m] = {"items": len(items), "truth": truth, "judge_only": {"value": alone, "low": alone - half, "high": alone + half},
                     "correlation": float(np.corrcoef(np.concatenate([np.full(len(v), j) for v, j in zip(votes, judge)]), np.concatenate(votes))[0, 1])}
-        for n in sizes:
+        for n in widths:
             for _ in range(repeats):
                 for name, r in one_study(judge, votes, n, rng).items():
                     sure = r["low"] is not None                      # all labels alike: no interval, which holds nothing
@@ -153,9 +152,10 @@ def transferred(people: dict, gpt4: dict, models: list[str], n: int, repeats: in
                 failed += 1
             found["PPI++, own labels"].append(ppi_mean(rest[:, 0], few[:, 0], few[:, 1])["value"])
             found["people only"].append(few[:, 1].mean())
-        out[m] = {"items": len(own), "people": float(truth), "judge": float(own[:, 0].mean()), "failed": failed,
+        errs = {"sensitivity": float(own[own[:, 1] == 1, 0].mean()), "specificity": float(1 - own[own[:, 1] == 0, 0].mean())}
+        out[m] = {"items": len(own), "people": float(truth), "judge": float(own[:, 0].mean()), **errs, "failed": failed,
                   "mean": {k: float(np.mean(v)) for k, v in found.items()}, "error": {k: float(np.mean(np.abs(np.array(v) - truth))) for k, v in found.items()}}
-    return {"labels": n, "repeats": repeats, "models": out}
+    return {"labels": n, "repeats": repeats, "alike": float(np.mean([j == y for _, j, y in items])), "models": out}
 
 
 def main():
