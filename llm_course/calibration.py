@@ -7,7 +7,7 @@ __all__ = ['POINTS', 'judge_agreement', 'agreement_by', 'people_agreement', 'one
            'elo', 'elo_points', 'rank_players', 'ppi_mean', 'confusion', 'verdict_values', 'corrected_rate',
            'calibrate_threshold']
 
-# %% ../nbs/09b_calibration.ipynb #c56a9e9d
+# %% ../nbs/09b_calibration.ipynb #ed48026a
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
@@ -16,7 +16,7 @@ import numpy as np
 from .intervals import rate
 from .reading import UserError
 
-# %% ../nbs/09b_calibration.ipynb #f46450c7
+# %% ../nbs/09b_calibration.ipynb #9344f1bd
 _OTHER = {"first": "second", "second": "first"}
 
 
@@ -32,7 +32,7 @@ def _summed(values: np.ndarray, where: Sequence[int]) -> np.ndarray:
     np.add.at(out, where, values)
     return out
 
-# %% ../nbs/09b_calibration.ipynb #8e3c184b
+# %% ../nbs/09b_calibration.ipynb #d7b36b4a
 def _tables(pairs: Sequence[tuple], groups: Sequence[Hashable], mirror: bool = False) -> tuple[np.ndarray, list]:
     "Counts of pairs of labels, `[groups, K, K]`, and the K labels. `mirror`: each pair counts half as it is, half with the two answers exchanged."
     both = [*pairs, *((_OTHER.get(a, a), _OTHER.get(b, b)) for a, b in pairs)] if mirror else list(pairs)
@@ -51,7 +51,7 @@ def _interval(tables: np.ndarray, statistic: Callable[[np.ndarray], float], resa
     low, high = np.percentile(kept, [2.5, 97.5]).tolist() if kept else (None, None)
     return {"value": None if np.isnan(value) else value, "low": low, "high": high, "undefined": len(draws) - len(kept)}
 
-# %% ../nbs/09b_calibration.ipynb #2bcb94da
+# %% ../nbs/09b_calibration.ipynb #7a3618c4
 def _raw(table: np.ndarray) -> float:
     return np.trace(table) / table.sum() if table.sum() else np.nan
 
@@ -64,7 +64,7 @@ def _kappa(table: np.ndarray) -> float:
     chance = _by_chance(table)
     return (_raw(table) - chance) / (1 - chance) if chance < 1 - 1e-12 else np.nan
 
-# %% ../nbs/09b_calibration.ipynb #7ca76d7c
+# %% ../nbs/09b_calibration.ipynb #9278a35e
 def _comparable(judge: Sequence, people: Sequence, groups: Sequence[Hashable] | None) -> tuple[list[tuple], list, dict]:
     "The pairs of labels that can be compared, their groups, and how many could not."
     if len(judge) != len(people):
@@ -97,7 +97,7 @@ def judge_agreement(judge: Sequence[str | None], people: Sequence[str | None], r
     note = None if kappa["value"] is not None else f"kappa is undefined: judge and people gave all {n} items the label {pairs[0][0]!r}"
     return {"raw": raw, "kappa": kappa, "base_rate": float(total.sum(0).max() / n), "by_chance": float(_by_chance(total)), **left_out, "note": note}
 
-# %% ../nbs/09b_calibration.ipynb #6645c0c2
+# %% ../nbs/09b_calibration.ipynb #15676917
 def agreement_by(judge: Sequence[str | None], people: Sequence[str | None], strata: Sequence[Hashable], resamples: int = 1000, seed: int = 0, *,
                  groups: Sequence[Hashable] | None = None, mirror: bool = False) -> dict:
     """`judge_agreement` in each stratum (a category, a turn, a language), in the order in which they first occur; None where nothing can be compared.
@@ -113,7 +113,7 @@ def agreement_by(judge: Sequence[str | None], people: Sequence[str | None], stra
         found[s] = judge_agreement(pick(judge), pick(people), resamples, seed, groups=None if groups is None else pick(groups), mirror=mirror) if comparable else None
     return found
 
-# %% ../nbs/09b_calibration.ipynb #b251ac19
+# %% ../nbs/09b_calibration.ipynb #abea6dfc
 def _alpha(table: np.ndarray) -> float:
     "Krippendorff's nominal alpha of coincidences `[K, K]`."
     n = table.sum()
@@ -132,7 +132,7 @@ def _item_tables(votes: Sequence[Sequence], mirror: bool) -> tuple[np.ndarray, n
         pairs = (pairs + pairs[:, other][:, :, other]) / 2
     return pairs, table.sum(1)
 
-# %% ../nbs/09b_calibration.ipynb #c545ae4e
+# %% ../nbs/09b_calibration.ipynb #d52ed327
 def people_agreement(votes: Sequence[Sequence[str]], drop: Sequence[str] = (), resamples: int = 1000, seed: int = 0, *,
                      groups: Sequence[Hashable] | None = None, mirror: bool = False) -> dict:
     """Agreement among people, from all labels of each item: `{"raw", "kappa", "alpha": {"value", "low", "high", "undefined", "n"}, "by_chance", "items", "pairs", "too_few"}`.
@@ -153,7 +153,7 @@ def people_agreement(votes: Sequence[Sequence[str]], drop: Sequence[str] = (), r
     found = {name: x | {"n": len(at) if name == "alpha" else int((sizes * (sizes - 1)).sum() // 2)} for name, x in found.items()}
     return found | {"by_chance": float(_by_chance(as_pairs.sum(0))), "items": len(at), "pairs": found["raw"]["n"], "too_few": len(votes) - len(at)}
 
-# %% ../nbs/09b_calibration.ipynb #4e620efd
+# %% ../nbs/09b_calibration.ipynb #35e1ebc5
 def _with_others(label: object, others: Sequence) -> float:
     "1 for the most frequent label of the others; a share of it where several are equally frequent."
     count = Counter(others)
@@ -166,7 +166,7 @@ def _mean(values: np.ndarray, where: Sequence[int], resamples: int, seed: int) -
     tables = _summed(np.stack([values, np.ones(len(values))], 1), where)
     return {k: v for k, v in _interval(tables, lambda t: t[0] / t[1], resamples, seed).items() if k != "undefined"} | {"n": len(values)}
 
-# %% ../nbs/09b_calibration.ipynb #4ded6875
+# %% ../nbs/09b_calibration.ipynb #9acb3fca
 def one_more_person(judge: Sequence[str | None], votes: Sequence[Sequence[str]], min_votes: int = 3, resamples: int = 1000, seed: int = 0, *,
                     groups: Sequence[Hashable] | None = None) -> dict:
     """Is a judge as good as one more person? `{"judge", "person", "difference"}` with intervals, `"items"`, `"too_few"`, `"unreadable"`.
@@ -188,7 +188,7 @@ def one_more_person(judge: Sequence[str | None], votes: Sequence[Sequence[str]],
     means = {name: _mean(x, where, resamples, seed) for name, x in (("judge", machine), ("person", person), ("difference", machine - person))}
     return means | {"items": len(at), "too_few": sum(len(v) < min_votes for v in clean), "unreadable": sum(j is None for j in judge)}
 
-# %% ../nbs/09b_calibration.ipynb #611fb458
+# %% ../nbs/09b_calibration.ipynb #a10a49be
 POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
 
 
@@ -205,7 +205,7 @@ def win_matrix(games: Sequence[tuple[str, str, str]]) -> tuple[list[str], np.nda
         wins[place[second], place[first]] += 1 - POINTS[outcome]
     return players, wins
 
-# %% ../nbs/09b_calibration.ipynb #2803f7b6
+# %% ../nbs/09b_calibration.ipynb #e44f775d
 def _check_joined(wins: np.ndarray, players: Sequence[str]) -> None:
     "Raises UserError where Ford's condition fails, naming the smallest group that never won (or tied) against the others."
     reach = (wins > 0) | np.eye(len(wins), dtype=bool)
@@ -242,7 +242,7 @@ def bradley_terry(wins: np.ndarray, prior: float = 0.0, players: Sequence[str] |
             break
     return s - s.mean()
 
-# %% ../nbs/09b_calibration.ipynb #d438d785
+# %% ../nbs/09b_calibration.ipynb #dcc54f4e
 def elo(games: Sequence[tuple[str, str, str]], k: float = 4.0, start: float = 1000.0) -> dict[str, float]:
     """Elo ratings after games `(first, second, outcome)` in their order; `k` points at most are won in a game. For contrast: the result depends on the order. (Elo, 1978)
 
@@ -259,7 +259,7 @@ def elo_points(strengths: np.ndarray, mean: float = 1000.0) -> np.ndarray:
     "Strengths of Bradley-Terry on the scale of Elo: 400 points are odds of ten to one, the mean is `mean`."
     return mean + (np.asarray(strengths) - np.mean(strengths)) * 400 / np.log(10)
 
-# %% ../nbs/09b_calibration.ipynb #b94e4e3b
+# %% ../nbs/09b_calibration.ipynb #ffcf6fb5
 def _game_tables(games: Sequence[tuple[str, str, str]], players: Sequence[str], groups: Sequence[Hashable]) -> np.ndarray:
     "Wins within each group of games, `[groups, P, P]`."
     place, where = {p: i for i, p in enumerate(players)}, _places(groups)
@@ -279,7 +279,7 @@ def _with_ranges(players: Sequence[str], value: np.ndarray, draws: np.ndarray, n
     best, worst = np.percentile(ranks, [2.5, 97.5], axis=0, method="nearest").astype(int).tolist() if len(draws) else none
     return {players[i]: {"value": float(value[i]), "low": low[i], "high": high[i], "n": int(n[i]), "rank": [best[i], worst[i]]} for i in np.argsort(-value, kind="stable")}
 
-# %% ../nbs/09b_calibration.ipynb #7a093cca
+# %% ../nbs/09b_calibration.ipynb #f6ecc1bc
 def rank_players(games: Sequence[tuple[str, str, str]], groups: Sequence[Hashable] | None = None, prior: float = 0.0, resamples: int = 300, seed: int = 0) -> dict:
     """Bradley-Terry ratings in Elo points (mean 1000) with 95 % intervals and ranges of ranks: `{"players": {name: {"value", "low", "high", "n", "rank": [best, worst]}},
     "unsolved"}`, the strongest first. `n` counts the player's games.
@@ -300,7 +300,7 @@ def rank_players(games: Sequence[tuple[str, str, str]], groups: Sequence[Hashabl
             unsolved += 1
     return {"players": _with_ranges(players, value, np.array(draws), (total + total.T).sum(1)), "unsolved": unsolved}
 
-# %% ../nbs/09b_calibration.ipynb #493eb7d8
+# %% ../nbs/09b_calibration.ipynb #fecc541f
 def _scores(**columns: Sequence[float]) -> list[np.ndarray]:
     "Columns as arrays of finite numbers."
     arrays = [np.asarray(c, float) for c in columns.values()]
@@ -332,7 +332,7 @@ def ppi_mean(judge_unlabelled: Sequence[float], judge_labelled: Sequence[float],
     return {"value": float(value), "low": float(value - half) if sure else None, "high": float(value + half) if sure else None, "n": n, "n_judge": more,
             "weight": weight, "effective_n": float(y.var() / variance) if sure else None, "judge_only": float(many.mean()), "people_only": float(y.mean())}
 
-# %% ../nbs/09b_calibration.ipynb #8174dea4
+# %% ../nbs/09b_calibration.ipynb #6cbb59d7
 def confusion(judge: Sequence[str | None], people: Sequence[str | None]) -> dict:
     "How often the judge said a label (rows) where people gave another (columns): `{\"labels\", \"counts\", \"unreadable\", \"skipped\"}`. Raises UserError as `judge_agreement` does."
     pairs, at, left_out = _comparable(judge, people, None)
@@ -352,7 +352,7 @@ def verdict_values(judge: Sequence[str | None], people: Sequence[str | None]) ->
     points = {v: [POINTS[b] for a, b in pairs if a == v] for v in sorted({a for a, _ in pairs}, key=str)}
     return {v: rate(sum(p), len(p)) for v, p in points.items()}
 
-# %% ../nbs/09b_calibration.ipynb #1bcdc8ad
+# %% ../nbs/09b_calibration.ipynb #3768f8a9
 def corrected_rate(judge_unlabelled: Sequence[float], judge_labelled: Sequence[float], people_labelled: Sequence[float]) -> dict:
     """People's rate from a judge's verdicts of 0 or 1, corrected by its sensitivity and specificity: `{"value", "low", "high", "n", "n_judge", "sensitivity", "specificity", "judge_only", "fits"}`.
 
@@ -377,7 +377,7 @@ def corrected_rate(judge_unlabelled: Sequence[float], judge_labelled: Sequence[f
     return {"value": value, "low": min(1.0, max(0.0, low)), "high": min(1.0, max(0.0, high)), "n": len(y), "n_judge": len(many), "sensitivity": sensitivity,
             "specificity": specificity, "judge_only": p, "fits": low <= 1 and high >= 0}
 
-# %% ../nbs/09b_calibration.ipynb #357ac100
+# %% ../nbs/09b_calibration.ipynb #c3bcc4e9
 def _best_threshold(scores: np.ndarray, people: np.ndarray) -> float:
     "The score from which on to say 1, for the highest kappa; the lowest of equals."
     found = [(_kappa(_two_by_two(scores >= t, people)), t) for t in np.unique(scores)]
@@ -387,7 +387,7 @@ def _best_threshold(scores: np.ndarray, people: np.ndarray) -> float:
 def _two_by_two(said: np.ndarray, people: np.ndarray) -> np.ndarray:
     return np.array([[np.sum((said == i) & (people == j)) for j in (0, 1)] for i in (0, 1)], float)
 
-# %% ../nbs/09b_calibration.ipynb #5b4e32e7
+# %% ../nbs/09b_calibration.ipynb #b0fe354c
 def calibrate_threshold(scores: Sequence[float], people: Sequence[int], seed: int = 0) -> dict:
     """The score from which on a judge should say yes, to agree best with people (0 or 1): `{"threshold", "kappa", "kappa_held_out", "n", "halves"}`.
 
