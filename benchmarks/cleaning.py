@@ -10,7 +10,7 @@ from html_extraction import all_text, load, shingles
 from record import arguments, save, testdata
 
 from llm_course.cleaning import BOILERPLATE, PROSE_STEPS, STEPS, clean_text, declared_encoding, decode_page, drop_boilerplate, fix_mojibake, mask_kinds
-from llm_course.evaluate import wilson
+from llm_course.cleaning import wilson
 from llm_course.reading import codec_of, decode
 
 KIND_NAMES = {"email": "email", "phone_number": "phone", "ip_address": "ip"}

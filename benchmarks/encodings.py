@@ -9,7 +9,7 @@ from pathlib import Path
 
 from record import arguments, save, testdata
 
-from llm_course.evaluate import wilson
+from llm_course.cleaning import wilson
 from llm_course.reading import decode
 
 FAMILIES = {"Unicode and ASCII": "utf-|ascii", "Japanese": "cp932|euc-jp|shift_jis|iso-2022-jp", "Chinese": "big5|gb2312|euc-tw", "Korean": "cp949|euc-kr|johab|iso-2022-kr",

