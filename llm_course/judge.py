@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Judge', 'GRADE_PROMPT', 'CHECK_PROMPT', 'PAIR_PROMPT', 'MT_TEMPERATURES', 'MT_REFERENCE', 'MT_TEMPLATES', 'filled',
-           'ask_judge', 'grade_answers', 'parse_checks', 'check_answers', 'LMJudge', 'judge_of', 'parse_verdict',
-           'settle', 'duels', 'compare_answers', 'longest', 'fit_logistic', 'habits', 'length_controlled',
-           'self_preference', 'read_mt_bench', 'answer_two_turns', 'template_name', 'own_template', 'read_templates',
-           'mt_prompt', 'parse_rating', 'judge_mt_bench', 'mt_bench_score', 'mt_bench_suite', 'mt_bench_table',
-           'mt_bench_pairs']
+           'ask_judge', 'rubric_of', 'grade_answers', 'parse_checks', 'criteria_of', 'check_answers', 'LMJudge',
+           'judge_of', 'parse_verdict', 'settle', 'duels', 'compare_answers', 'longest', 'fit_logistic', 'habits',
+           'length_controlled', 'self_preference', 'read_mt_bench', 'answer_two_turns', 'template_name', 'own_template',
+           'read_templates', 'mt_prompt', 'parse_rating', 'judge_mt_bench', 'mt_bench_score', 'mt_bench_suite',
+           'mt_bench_table', 'mt_bench_pairs']
 
 # %% ../nbs/09b_judges.ipynb #fbbfa1f7
 import re
@@ -53,13 +53,18 @@ def ask_judge(judge: Judge, prompts: Sequence[str | list[dict]]) -> list[str]:
     return [judge(p if isinstance(p, str) else "\n\n".join(m["content"] for m in p)) for p in prompts]
 
 
+def rubric_of(item: dict) -> str:
+    "The rubric of an item as one text; a list of criteria in a row."
+    return item["rubric"] if isinstance(item["rubric"], str) else " ".join(item["rubric"])
+
+
 def grade_answers(items: Sequence[dict], answers: Sequence[str], judge: Judge, template: str = GRADE_PROMPT) -> dict:
     """Scores of answers to items with `prompt` and `rubric`: `{"mean", "parse_failures", "scores", "said"}`, None for what could not be read.
 
     The mean is over the scores that could be read; report the failures with it. `said` are the judge's words."""
     if len(items) != len(answers):
         raise UserError(f"{len(items)} items but {len(answers)} answers: give one answer an item")
-    said = ask_judge(judge, [filled(template, rubric=i["rubric"], prompt=i["prompt"], answer=a) for i, a in zip(items, answers)])
+    said = ask_judge(judge, [filled(template, rubric=rubric_of(i), prompt=i["prompt"], answer=a) for i, a in zip(items, answers)])
     scores = [parse_score(text) for text in said]
     return {"mean": mean_interval([s for s in scores if s is not None]), "parse_failures": scores.count(None), "scores": scores, "said": said}
 
@@ -84,17 +89,26 @@ def parse_checks(text: str, n: int) -> list[bool | None]:
     return [found.get(i + 1) for i in range(n)]
 
 # %% ../nbs/09b_judges.ipynb #a1b20006
-def check_answers(items: Sequence[dict], answers: Sequence[str], judge: Judge, template: str = CHECK_PROMPT) -> dict:
-    """Answers to items with `prompt` and `criteria` (a list of sentences) against these: `{"mean", "parse_failures", "checks", "said"}`.
+def criteria_of(item: dict) -> list[str]:
+    "The criteria of an item: its `criteria`, or its `rubric` where that is a list. Raises UserError where there is no list of texts."
+    found = item.get("criteria", item.get("rubric"))
+    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(c, str) for c in found):
+        raise UserError(f"item {item.get('id', item.get('prompt', '?'))!r} has no list of criteria, but {found!r}: give `criteria`, a list of sentences")
+    return list(found)
 
-    `mean` is the mean share of criteria met, over the answers with every criterion readable; `parse_failures` counts criteria."""
+
+def check_answers(items: Sequence[dict], answers: Sequence[str], judge: Judge, template: str = CHECK_PROMPT) -> dict:
+    """Answers to items with `prompt` and `criteria` (a list of sentences; or the list stands in `rubric`) against these: `{"mean", "parse_failures", "scores", "checks", "said"}`.
+
+    `scores` are the shares of criteria met, None where one of them could not be read; `mean` is over the others; `parse_failures` counts criteria."""
     if len(items) != len(answers):
         raise UserError(f"{len(items)} items but {len(answers)} answers: give one answer an item")
-    listed = ["\n".join(f"{k}. {c}" for k, c in enumerate(i["criteria"], 1)) for i in items]
+    lists = [criteria_of(i) for i in items]
+    listed = ["\n".join(f"{k}. {c}" for k, c in enumerate(criteria, 1)) for criteria in lists]
     said = ask_judge(judge, [filled(template, criteria=c, prompt=i["prompt"], answer=a) for i, c, a in zip(items, listed, answers)])
-    checks = [parse_checks(text, len(i["criteria"])) for i, text in zip(items, said)]
-    whole = [sum(c) / len(c) for c in checks if c and None not in c]
-    return {"mean": mean_interval(whole), "parse_failures": sum(c.count(None) for c in checks), "checks": checks, "said": said}
+    checks = [parse_checks(text, len(criteria)) for criteria, text in zip(lists, said)]
+    scores = [sum(c) / len(c) if c and None not in c else None for c in checks]
+    return {"mean": mean_interval([s for s in scores if s is not None]), "parse_failures": sum(c.count(None) for c in checks), "scores": scores, "checks": checks, "said": said}
 
 # %% ../nbs/09b_judges.ipynb #a1b20009
 class LMJudge:
