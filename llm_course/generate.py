@@ -313,7 +313,7 @@ def _stop_ids(stop_id: int | Sequence[int] | None) -> set[int]:
     return set() if stop_id is None else {stop_id} if isinstance(stop_id, int) else set(stop_id)
 
 
-def _record(g: Generation, token: int, score: float | None, stops: set[int], room: int) -> bool:
+def _record(g: Generation, token: int, score: float | None, stops: set[int], room: int, until: Callable[[list[int]], bool] | None = None) -> bool:
     "Add a token to a continuation; whether it goes on."
     if token in stops:
         g.finish_reason = "stop"
@@ -321,10 +321,13 @@ def _record(g: Generation, token: int, score: float | None, stops: set[int], roo
     g.ids.append(token)
     if score is not None:
         g.logprobs.append(score)
+    if until is not None and until(g.ids):
+        g.finish_reason = "stop"
+        return False
     return len(g.ids) < room
 
 # %% ../nbs/04a_generation.ipynb #2a1bb97d
-def _generate_batch(model, prompts, max_new_tokens, stops, pad_id, chooser, scored) -> list[Generation]:
+def _generate_batch(model, prompts, max_new_tokens, stops, pad_id, chooser, scored, until=None) -> list[Generation]:
     out, rows = [Generation([], [], "length") for _ in prompts], list(range(len(prompts)))
     room = [min(max_new_tokens, model.config.max_seq_len - len(p)) for p in prompts]
     batch = _Rows(model, prompts, max_new_tokens, pad_id)
@@ -334,7 +337,7 @@ def _generate_batch(model, prompts, max_new_tokens, stops, pad_id, chooser, scor
             raise UserError("the model's logits are NaN: its weights are damaged, or its training diverged; go back to an earlier checkpoint")
         token = chooser(logits)
         scores = logits.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist() if scored else [None] * len(rows)
-        going = [_record(out[row], t, score, stops, room[row]) for row, t, score in zip(rows, token.tolist(), scores)]
+        going = [_record(out[row], t, score, stops, room[row], until) for row, t, score in zip(rows, token.tolist(), scores)]
         batch.ids = token[:, None]
         if not all(going):
             rows = [row for row, goes in zip(rows, going) if goes]
@@ -346,7 +349,7 @@ def _generate_batch(model, prompts, max_new_tokens, stops, pad_id, chooser, scor
 
 # %% ../nbs/04a_generation.ipynb #b7fd55df
 @torch.no_grad()
-def _generate(model, prompts, max_new_tokens, stop_id, pad_id, sampling, generator, batch_size, seeds, scored) -> list[Generation]:
+def _generate(model, prompts, max_new_tokens, stop_id, pad_id, sampling, generator, batch_size, seeds, scored, until=None) -> list[Generation]:
     check_prompts(model, prompts, max_new_tokens)
     if seeds is not None and len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds were given for {len(prompts)} prompts; each prompt needs its own")
@@ -359,19 +362,20 @@ def _generate(model, prompts, max_new_tokens, stop_id, pad_id, sampling, generat
             rows = order[start:start + batch_size]
             some, own = [prompts[i] for i in rows], None if seeds is None else [seeds[i] for i in rows]
             chooser = _Chooser(sampling, some, model.config, generator, own, device)
-            for i, g in zip(rows, _generate_batch(running, some, max_new_tokens, stops, pad_id, chooser, scored)):
+            for i, g in zip(rows, _generate_batch(running, some, max_new_tokens, stops, pad_id, chooser, scored, until)):
                 out[i] = g
     return out
 
 # %% ../nbs/04a_generation.ipynb #7223579b
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_id: int | Sequence[int], pad_id: int, sampling: Sampling = Sampling(),
-             generator: torch.Generator | None = None, batch_size: int = 64, seeds: Sequence[int] | None = None) -> list[list[int]]:
+             generator: torch.Generator | None = None, batch_size: int = 64, seeds: Sequence[int] | None = None,
+             until: Callable[[list[int]], bool] | None = None) -> list[list[int]]:
     """Continue many prompts; returns the new ids of each, without the stop token's id appended.
 
-    A row ends at `stop_id` (one id or several), after `max_new_tokens`, or where the model's context is full. `generator` draws for the
+    A row ends at `stop_id` (one id or several), where `until` is true of its new ids, after `max_new_tokens`, or where the model's context is full. `generator` draws for the
     whole batch; with `seeds`, one for each prompt, what a prompt gets depends on its own seed only, not on the other prompts. Raises
     UserError for an empty prompt, one that leaves no room for an answer, or ids that the model does not have."""
-    return [g.ids for g in _generate(model, prompts, max_new_tokens, stop_id, pad_id, sampling, generator, batch_size, seeds, False)]
+    return [g.ids for g in _generate(model, prompts, max_new_tokens, stop_id, pad_id, sampling, generator, batch_size, seeds, False, until)]
 
 
 def generate_scored(model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_id: int | Sequence[int], pad_id: int,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GREY', 'COLOURS', 'STYLE', 'show_value', 'table_rows', 'summary', 'new_axes', 'svg', 'funnel_figure', 'loss_figure',
-           'pairs_figure', 'ppo_figure', 'html_table', 'answers_table', 'write_report']
+           'pairs_figure', 'ppo_figure', 'html_table', 'answers_table', 'paired_table', 'worse_table', 'further_tables',
+           'write_report']
 
 # %% ../nbs/09c_report.ipynb #27009cf4
 import html
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from .reading import new_file
 from .curves import RunLog, as_log, read_log
+from .lm import matrix_figure
 
 # %% ../nbs/09c_report.ipynb #f6bf7a5d
 def show_value(x: object) -> str:
@@ -25,7 +27,7 @@ def show_value(x: object) -> str:
         return f"{x:.4g}" if abs(x) < 1000 else f"{x:,.0f}"
     return f"{x:,}" if isinstance(x, int) else str(x)
 
-
+# %% ../nbs/09c_report.ipynb #0c900002
 def table_rows(m: dict) -> list[tuple[str, str, str]]:
     "Rows `(stage, what, value)` of a run's metrics; what a run has not measured is left out."
     rows: list[tuple[str, str, str]] = []
@@ -65,7 +67,7 @@ def table_rows(m: dict) -> list[tuple[str, str, str]]:
     order = ["prepare", "tokenizer", "pretrain", "no model", "base", "sft", "reward", "ppo", "dpo", "grpo", "eval", "total"]
     return sorted(rows, key=lambda r: order.index(r[0]) if r[0] in order else len(order))
 
-
+# %% ../nbs/09c_report.ipynb #0c900004
 def _dig(m: dict, keys: Sequence[str]) -> object:
     for k in keys:
         m = m.get(k) if isinstance(m, dict) else None
@@ -77,7 +79,7 @@ def _best_baseline(m: dict, kind: str) -> str | None:
     best = max(found, key=found.get, default=None)
     return f"{found[best]:.3g} ({best.replace('_', ' ')})" if best else None
 
-
+# %% ../nbs/09c_report.ipynb #0c900006
 def summary(m: dict) -> str:
     "The table as text, for a terminal."
     rows = table_rows(m)
@@ -119,7 +121,7 @@ def svg(figure, alt: str) -> str:
     text = out.getvalue()
     return f'<figure role="img" aria-label="{html.escape(alt, quote=True)}">{text[text.index("<svg"):]}<figcaption>{html.escape(alt)}</figcaption></figure>'
 
-
+# %% ../nbs/09c_report.ipynb #0c900012
 def funnel_figure(steps: Sequence[dict]):
     "Documents that are left after each step, with what each step took."
     figure, (ax,) = new_axes("What is left after each step", "documents", "")
@@ -132,7 +134,7 @@ def funnel_figure(steps: Sequence[dict]):
     ax.invert_yaxis()
     return figure
 
-
+# %% ../nbs/09c_report.ipynb #0c900014
 _Run = str | Path | Sequence[dict] | RunLog
 
 
@@ -152,7 +154,7 @@ def _legend(ax) -> None:
     for text in legend.get_texts():
         text.set_color(GREY)
 
-
+# %% ../nbs/09c_report.ipynb #0c900016
 def pairs_figure(run: _Run, title: str, keys: tuple[str, str]):
     "Two quantities of a run (folder, records or `RunLog`) side by side."
     log = as_log(run)
@@ -187,7 +189,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: dict
     body = "".join("<tr>" + "".join(cell(r, c, x) for c, x in enumerate(row)) + "</tr>" for r, row in enumerate(rows))
     return f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{html.escape(h)}</th>" for h in head)}</tr></thead><tbody>{body}</tbody></table></div>'
 
-
+# %% ../nbs/09c_report.ipynb #0c900022
 def _read(path: Path) -> dict | list | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -205,7 +207,7 @@ def answers_table(folder: Path, per_kind: int = 2) -> str:
             classes |= {(len(rows) - 1, c): "right" if a[i]["right"] else "wrong" for c, a in enumerate(answers.values(), 2)}
     return "<h2>The same prompts, stage by stage</h2>" + html_table(["kind", "prompt", *answers], rows, classes)
 
-
+# %% ../nbs/09c_report.ipynb #0c900024
 def _log(folder: Path) -> RunLog | None:
     return read_log(folder) if (folder / "log.jsonl").is_file() else None
 
@@ -227,7 +229,49 @@ def _figures(folder: Path) -> str:
             parts += [f"<h2>{title}</h2>", svg(ppo_figure(log, judge), f"{title}: {judge} over the steps, and against the distance from the SFT model")]
     return "".join(parts)
 
+# %% ../nbs/09c_report.ipynb #0c900032
+def paired_table(m: dict) -> str:
+    "Each model against the one that it started from, on the same items; empty for a run that has not been evaluated."
+    rows, classes = [], {}
+    for r in m.get("paired") or ():
+        p = r.get("p_holm")
+        rows.append([r["model"], r["what"], "–" if r["difference"] is None else f"{r['difference']:+.3f}" + ("" if r["low"] is None else f" ({r['low']:+.3f} to {r['high']:+.3f})"),
+                     "" if p is None else f"{p:.2g}", r["verdict"]])
+        if p is not None and p < 0.05:
+            classes[len(rows) - 1, 2] = "right" if r["difference"] > 0 else "wrong"
+    head = "<h2>What each stage changed</h2><p class=small>Differences from the model that it started from (base for sft, sft for the others) on the same items; p is adjusted for the number of tests (Holm), coloured where it is below 0.05.</p>"
+    return head + html_table(["model", "what", "difference (95 % interval)", "p", "verdict"], rows, classes) if rows else ""
 
+
+def worse_table(folder: Path, most: int = 12) -> str:
+    "Items that SFT got right and a later model wrong, with both answers; `most` of them for each model."
+    answers = {m: a["greedy"] for m in ("sft", "ppo", "dpo", "grpo") if (a := _read(folder / "eval" / f"{m}.json"))}
+    if "sft" not in answers:
+        return ""
+    parts, before = [], {a["id"]: a for a in answers.pop("sft")}
+    for model, items in answers.items():
+        both = [(before[i["id"]], i) for i in items if i["id"] in before]
+        worse, better = ([(a, b) for a, b in both if a["right"] is was and b["right"] is not was] for was in (True, False))
+        rows = [[b["kind"], b["prompt"], a["answer"], b["answer"]] for a, b in worse[:most]]
+        parts.append(f"<details><summary>sft → {model}: {len(worse)} items worse, {len(better)} better</summary>{html_table(['kind', 'prompt', 'sft', model], rows)}</details>")
+    return "<h2>What got worse, item by item</h2>" + "".join(parts) if parts else ""
+
+# %% ../nbs/09c_report.ipynb #0c900034
+def further_tables(m: dict) -> str:
+    "The matrix of bits per byte, further suites, and the questions that were looked up in the training text."
+    parts = []
+    if m.get("matrix"):
+        parts += ["<h2>Bits per byte, model by source</h2>", svg(matrix_figure(m["matrix"], "model"), "Bits per byte of each model on the held-out text of each source")]
+    if m.get("suites"):
+        rows = [[suite, model, show_value(x), ", ".join(f"{k} {v['value']:.2f}" for k, v in (_dig(m, ("suites_by", suite, model)) or {}).items())] for suite, by in m["suites"].items() for model, x in by.items()]
+        parts += ["<h2>Further suites</h2>", html_table(["suite", "model", "value (95 % interval)", "by kind"], rows)]
+    if m.get("contamination"):
+        rows = [[suite, f"{x['items']:,}", f"{x['leaked']:,}", f"{x['too_short']:,}"] for suite, x in m["contamination"].items()]
+        parts += ["<h2>Questions in the training text</h2><p class=small>A question counts as found where a training document shares thirteen words in a row with it, or the whole of a shorter one; below eight words it cannot be looked up.</p>",
+                  html_table(["suite", "items", "found", "too short"], rows)]
+    return "".join(parts)
+
+# %% ../nbs/09c_report.ipynb #0c900026
 def write_report(folder: str | Path) -> Path:
     "Write `report.html` of a run folder: self-contained, with what the run has finished so far; returns its path."
     folder = Path(folder)
@@ -236,7 +280,7 @@ def write_report(folder: str | Path) -> Path:
     story_part = "<h2>Stories of the base model</h2>" + html_table(["", "story"], [[str(i + 1), s] for i, s in enumerate(stories[:5])]) if stories else ""
     details = f"<h2>Settings and machine</h2><details><summary>Show</summary><pre>{html.escape(json.dumps(config, indent=1, ensure_ascii=False))}</pre></details>"
     body = (f"<h1>{html.escape(folder.resolve().name)}</h1><p class=small>A run of llm_course. Values in parentheses are 95 % intervals.</p>"
-            f"<h2>Results</h2>{html_table(['stage', 'what', 'value'], table_rows(metrics))}{_figures(folder)}{answers_table(folder)}{story_part}{details}")
+            f"<h2>Results</h2>{html_table(['stage', 'what', 'value'], table_rows(metrics))}{paired_table(metrics)}{_figures(folder)}{answers_table(folder)}{worse_table(folder)}{further_tables(metrics)}{story_part}{details}")
     with new_file(folder / "report.html") as f:
         f.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(folder.resolve().name)}</title>'
                 f"<style>{STYLE}</style><body>{body}</body></html>\n")
