@@ -282,9 +282,9 @@ class Labelling:
         if annotator not in self.plans:
             if self.assignment is not None and annotator not in self.assignment:
                 raise UserError(f"{annotator} is not among the annotators of the assignment ({', '.join(self.assignment)})")
-            mine = self.items if self.assignment is None else [i for i in self.items if i["id"] in set(self.assignment[annotator])]
+            given = {i["id"] for i in self.items} if self.assignment is None else set(self.assignment[annotator])
             token = lambda item: _draw("token", self.seed, annotator, item["id"], *(text_of(item[k]) for k in ("prompt", *SIDES[kind_of(item)])))[:20]
-            self.plans[annotator] = {token(item): (item, swapped) for item, swapped in labelling_order(mine, annotator, self.seed)}
+            self.plans[annotator] = {token(item): (item, swapped) for item, swapped in labelling_order([i for i in self.items if i["id"] in given], annotator, self.seed)}
         return self.plans[annotator]
 
     def shown(self, annotator: str, token: str) -> dict:
@@ -365,7 +365,10 @@ def label_terminal(work: Labelling, annotator: str, ask: Callable[[str], str] = 
         elif said in {o["key"] for o in step["options"]}:
             keys.append(said)
             if step_after(steps, keys) is None:
-                work.say(annotator, task["token"], keys, time.monotonic() - begin)
+                try:
+                    work.say(annotator, task["token"], keys, time.monotonic() - begin)
+                except Stale as e:
+                    print(e)
                 keys, begin = [], time.monotonic()
     return state["done"]
 
@@ -538,7 +541,10 @@ def make_label_app(work: Labelling, hosts: frozenset[str] | None = LOOPBACK):
     async def http(request, e):
         return json_error(ApiError(f"{request.method} {request.url.path}: {e.detail}", e.status_code), headers=e.headers)
 
-    return Starlette(routes=label_routes(work), middleware=[Middleware(Guard, hosts=hosts)], exception_handlers={ApiError: ours, UserError: users, HTTPException: http})
+    async def failed(request, e):
+        return json_error(ApiError(f"the server failed: {type(e).__name__}: {e}", 500))
+
+    return Starlette(routes=label_routes(work), middleware=[Middleware(Guard, hosts=hosts)], exception_handlers={ApiError: ours, UserError: users, HTTPException: http, Exception: failed})
 
 
 def serve_labels(items: Sequence[dict], file: str | Path, port: int = 8100, host: str = "127.0.0.1", annotator: str | None = None, **options) -> int:
