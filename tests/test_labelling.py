@@ -473,7 +473,7 @@ def lab(tmp_path):
             return urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5).status == 200
         except OSError:
             return False
-    wait(up, 60)
+    wait(up, 120)
     yield f"http://127.0.0.1:{port}/lab/tree/people.ipynb?reset"
     process.terminate()
     try:
@@ -490,14 +490,17 @@ def test_the_widget_in_jupyterlab(browser, lab, tmp_path):
     button = lambda text: next(b for b in css(".widget-button") if b.text == text)
     browser.get(lab)
 
-    def clicked():
-        "JupyterLab draws its first page several times."
+    def ran():
+        "Click into the first cell and press Shift + Enter, until it runs: JupyterLab draws its first page several times."
         try:
-            return [e for e in css(".jp-Notebook .cm-line") if e.is_displayed() and not e.click()]
-        except WebDriverException:
-            return False
-    wait(clicked, 60)
-    browser.switch_to.active_element.send_keys("\ue008\ue007\ue000")         # Shift + Enter
+            if css(".jp-Notebook .jp-InputPrompt")[0].text not in ("", "[ ]:"):
+                return True
+            next(e for e in css(".jp-Notebook .cm-line") if e.is_displayed()).click()
+            browser.switch_to.active_element.send_keys("\ue008\ue007\ue000")
+        except (WebDriverException, IndexError, StopIteration):
+            pass
+        time.sleep(1)
+    wait(ran, 60)
     wait(lambda: css(".widget-button"), 90)
     button("Answer 1 [1]").click()
     wait(lambda: len(labels()) == 1)
