@@ -4,7 +4,6 @@ On HumanEval (test data) the authors' solutions must pass and empty bodies fail;
 and by tests in the program's own process: the verdicts of honest programs must agree."""
 import ast
 import random
-import resource
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -48,20 +47,15 @@ def cheats(wall: str) -> dict:
     return {name: [n for n in CHEATS if try_cheat(n, wall, True, shared)["passed"]] for name, shared in (("apart", False), ("shared", True))}
 
 
-def used_by_children() -> float:
-    "Seconds of computing by processes that ended."
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def whole(items: list[dict], wall: str) -> dict:
     "The authors' solutions one at a time, with the time of each; empty bodies."
     times, cpu, passed = [], [], 0
     for item in items:
-        start, used = time.perf_counter(), used_by_children()
-        passed += grade_program(item, base_program(item, item["canonical_solution"]), wall=wall, allow_unsafe=True)["passed"]
+        start = time.perf_counter()
+        result = grade_program(item, base_program(item, item["canonical_solution"]), wall=wall, allow_unsafe=True)
         times.append(1000 * (time.perf_counter() - start))
-        cpu.append(1000 * (used_by_children() - used))
+        cpu.append(1000 * result["cpu_seconds"])
+        passed += result["passed"]
     empty = {name: {"passed": sum(r["passed"] for r in grade_programs([(i, base_program(i, body)) for i in items], wall=wall, allow_unsafe=True)), "n": len(items)} for name, body in STUBS.items()}
     return {"canonical": {"passed": passed, "n": len(items)}, **empty, "ms_median": statistics.median(times), "ms_p90": sorted(times)[int(0.9 * len(times))],
             "cpu_ms_median": statistics.median(cpu)}
