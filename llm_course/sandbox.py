@@ -8,7 +8,7 @@ __all__ = ['SPARE', 'ESCAPES', 'CHEATS', 'STOPS', 'CHAT_PROMPT', 'to_plain', 'fr
            'base_program', 'chat_program', 'grade_program', 'grade_programs', 'pass_at_k', 'grade_samples',
            'humaneval_suite']
 
-# %% ../nbs/09a_programs.ipynb #2c3d38a8
+# %% ../nbs/09a_programs.ipynb #62da1577
 import _thread
 import builtins
 import inspect
@@ -40,7 +40,7 @@ from .intervals import mean_interval
 from .reading import DataError, UserError, read_rows
 from .suites import Suite
 
-# %% ../nbs/09a_programs.ipynb #02ca2485
+# %% ../nbs/09a_programs.ipynb #a53bb4d0
 def to_plain(x: object) -> object:
     """A value of built-in types in the form that JSON can carry; lists, texts and numbers as they are, others under the name of their type.
 
@@ -62,7 +62,7 @@ def to_plain(x: object) -> object:
         return {"complex": [x.real, x.imag]}
     raise TypeError(f"a value of type {type(x).__name__} cannot leave its process")
 
-# %% ../nbs/09a_programs.ipynb #faa6daae
+# %% ../nbs/09a_programs.ipynb #16a8a5c7
 def from_plain(x: object) -> object:
     "The value that `to_plain` wrote, made of built-in types only. Raises ValueError, TypeError or KeyError for what it did not write."
     if isinstance(x, list):
@@ -76,7 +76,7 @@ def from_plain(x: object) -> object:
     makers |= {t.__name__: lambda v, t=t: t(map(from_plain, v)) for t in (tuple, set, frozenset)}
     return makers[kind](value)
 
-# %% ../nbs/09a_programs.ipynb #94d76ca1
+# %% ../nbs/09a_programs.ipynb #1ab11e66
 def _send(fd: int, message: dict) -> None:
     "A message with its length in front, through a pipe."
     data = json.dumps(message).encode()
@@ -100,7 +100,7 @@ def _receive(fd: int, most: int) -> dict:
         raise ValueError(f"more than {most >> 20} MB at once")
     return json.loads(exactly(size))
 
-# %% ../nbs/09a_programs.ipynb #22d4b4b9
+# %% ../nbs/09a_programs.ipynb #fc446e2a
 def _be_program(inbox: int, outbox: int) -> None:
     "The program's process: bounds first, then whatever is asked for: run a text, or call a function that it defined."
     first = _receive(inbox, 1 << 30)
@@ -124,7 +124,7 @@ def _be_program(inbox: int, outbox: int) -> None:
             reply = {"raised": [t.__name__ for t in type(e).__mro__], "text": str(e)[:300]}
         _send(outbox, reply)
 
-# %% ../nbs/09a_programs.ipynb #15eafac6
+# %% ../nbs/09a_programs.ipynb #64add39b
 def _put_back(args: list, after: list) -> None:
     "What the function did to its arguments happens to the tests' own objects, too."
     for mine, changed in zip(args, after):
@@ -135,7 +135,7 @@ def _put_back(args: list, after: list) -> None:
                 mine.clear()
                 mine.update(changed)
 
-# %% ../nbs/09a_programs.ipynb #cf7935e8
+# %% ../nbs/09a_programs.ipynb #951dfb7c
 def _hold_court(task: dict, ask: Callable) -> None:
     "Run program and tests; ends with an exception if the program is not right. `ask(message)` is answered by the program's process."
     ask({"run": task["program"]})
@@ -158,7 +158,7 @@ def _hold_court(task: dict, ask: Callable) -> None:
     space[task["entry_point"]] = stand_in
     exec(compile(task["tests"] + final, "<tests>", "exec"), space)
 
-# %% ../nbs/09a_programs.ipynb #a0978def
+# %% ../nbs/09a_programs.ipynb #98cd3222
 def _error(*kinds: str, text: str) -> BaseException:
     "What the program raised, as the nearest of Python's own exceptions; SystemExit for what `except Exception` does not catch."
     found = [(n, getattr(builtins, str(n), None)) for n in kinds]
@@ -168,7 +168,7 @@ def _error(*kinds: str, text: str) -> BaseException:
     except TypeError:                                     # UnicodeDecodeError wants five arguments
         return Exception(f"{kinds[0]}: {text}")
 
-# %% ../nbs/09a_programs.ipynb #82d2024f
+# %% ../nbs/09a_programs.ipynb #a3ef716a
 def _asker(pid: int, to_program: int, from_program: int, broken: list[str]) -> Callable:
     """The function that sends a message to the program's process and gives its reply (a value, and arguments that were changed), or raises what the program raised.
 
@@ -199,7 +199,7 @@ def _asker(pid: int, to_program: int, from_program: int, broken: list[str]) -> C
     signal.signal(signal.SIGALRM, lambda *_: stop("timed out"))
     return ask
 
-# %% ../nbs/09a_programs.ipynb #11efe64f
+# %% ../nbs/09a_programs.ipynb #e3569c9f
 def _reason(e: BaseException, tests: str | None) -> str:
     "An exception as one line, with the line of the tests where it happened."
     at, where = e.__traceback__, ""
@@ -209,7 +209,7 @@ def _reason(e: BaseException, tests: str | None) -> str:
         at = at.tb_next
     return f"{type(e).__name__}{': ' if str(e) else ''}{e}{where}"[:400]
 
-# %% ../nbs/09a_programs.ipynb #d13dbbcb
+# %% ../nbs/09a_programs.ipynb #9efe0cf2
 def _judge(task: dict, pid: int, to_program: int, from_program: int) -> dict:
     "The verdict on the program that the process `pid` is going to run."
     broken, filtered, reason = [], False, ""
@@ -224,7 +224,7 @@ def _judge(task: dict, pid: int, to_program: int, from_program: int) -> dict:
     reason = broken[0] if broken else reason
     return {"passed": not reason, "reason": reason, "filtered": filtered}
 
-# %% ../nbs/09a_programs.ipynb #046191e1
+# %% ../nbs/09a_programs.ipynb #4838c63a
 def _start_candidate(nothing: int) -> tuple[int, int, int, int]:
     "Split this process in two; the new half becomes the candidate. The other gets its number, a pipe to it, one from it, and what it prints."
     (p_in, j_out), (j_in, p_out), (shown, printed) = os.pipe(), os.pipe(), os.pipe()
@@ -245,7 +245,7 @@ def _start_candidate(nothing: int) -> tuple[int, int, int, int]:
     finally:
         os._exit(0)
 
-# %% ../nbs/09a_programs.ipynb #824337e3
+# %% ../nbs/09a_programs.ipynb #5a33970c
 def _drain(fd: int, kept: list[bytes], done: object) -> None:
     "Read all that the program prints, so that it need not wait; keep the first 64 KB."
     room = 1 << 16
@@ -254,7 +254,7 @@ def _drain(fd: int, kept: list[bytes], done: object) -> None:
         room -= len(kept[-1])
     done.release()
 
-# %% ../nbs/09a_programs.ipynb #ba02ab45
+# %% ../nbs/09a_programs.ipynb #957c2e51
 def _main(room: dict | None) -> None:
     "Inside the walls: become two processes, and only then read the task."
     import resource
@@ -285,7 +285,7 @@ def _main(room: dict | None) -> None:
         data = data[os.write(verdict, data):]
     os._exit(0)
 
-# %% ../nbs/09a_programs.ipynb #c701144d
+# %% ../nbs/09a_programs.ipynb #3bca215f
 def _limit(seconds: float, memory: int) -> None:
     "Upper bounds that the kernel keeps, for this process and what it starts. What a system does not know stays unbounded (macOS: memory)."
     import resource
@@ -296,7 +296,7 @@ def _limit(seconds: float, memory: int) -> None:
         except (AttributeError, ValueError, OSError):
             pass
 
-# %% ../nbs/09a_programs.ipynb #d95ffaf4
+# %% ../nbs/09a_programs.ipynb #68d34d13
 def _forbid_calls() -> bool:
     "A filter (seccomp) that a process cannot take off again: no new process, no socket, no signal to others, no look into others. False where unknown."
     import ctypes
@@ -319,7 +319,7 @@ def _forbid_calls() -> bool:
     prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
     return prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, ctypes.addressof(program), 0, 0) == 0
 
-# %% ../nbs/09a_programs.ipynb #b182e896
+# %% ../nbs/09a_programs.ipynb #9f7d6635
 def _enter(root: str, shown: list[str], hidden: list[str]) -> None:
     "In namespaces of our own: a root folder with nothing in it but the interpreter, read-only, and an empty /tmp; then without any privilege."
     import ctypes
@@ -350,7 +350,7 @@ def _enter(root: str, shown: list[str], hidden: list[str]) -> None:
         libc.prctl(24, privilege, 0, 0, 0)
     must(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)))
 
-# %% ../nbs/09a_programs.ipynb #cd7c1640
+# %% ../nbs/09a_programs.ipynb #d764323b
 @cache
 def _harness() -> str:
     "What runs inside the walls: the functions above as text, for nothing of ours can be imported there."
@@ -358,7 +358,7 @@ def _harness() -> str:
     head = "import _thread, builtins, json, os, signal, struct, sys, types\nCallable = object\n"
     return head + "\n".join(map(inspect.getsource, parts)) + "\n_main(json.loads(sys.argv[1]))\n"
 
-# %% ../nbs/09a_programs.ipynb #a0d7af9f
+# %% ../nbs/09a_programs.ipynb #e474d387
 @cache
 def _places() -> tuple[str, list[str], list[str]]:
     "The bare interpreter (never that of a virtual environment), the folders that it needs, and those with other people's packages in them."
@@ -369,7 +369,7 @@ def _places() -> tuple[str, list[str], list[str]]:
                 f"/usr/lib/{version}/site-packages", f"/usr/local/lib/{version}/dist-packages", f"/usr/local/lib/{version}/site-packages", "/usr/src", "/usr/local/src"]
     return python, shown, [p for p in dict.fromkeys(map(os.path.realpath, packages)) if os.path.isdir(p)]
 
-# %% ../nbs/09a_programs.ipynb #4cf14b61
+# %% ../nbs/09a_programs.ipynb #decb7ba9
 @cache
 def _sized() -> bool:
     "Can this bubblewrap bound the size of /tmp? (0.7 and later)"
@@ -390,7 +390,19 @@ def _command(wall: str) -> list[str]:
         walled = ["unshare", "--map-root-user", "--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child"]
     return [*map(lambda w: shutil.which(w) if w == walled[0] else w, walled), python, "-I", "-S", "-u", "-c", _harness(), json.dumps(room)]
 
-# %% ../nbs/09a_programs.ipynb #a56797f4
+# %% ../nbs/09a_programs.ipynb #60a10a61
+def _read_verdict(said: str) -> dict:
+    "The verdict among what a harness said: its last line, unless a wall had to complain after it."
+    lines = said.strip().splitlines()
+    for line in reversed(lines):
+        try:
+            if isinstance(found := json.loads(line), dict) and "passed" in found:
+                return found
+        except ValueError:
+            pass
+    return {"passed": False, "reason": f"no verdict: {lines[-1][:300] if lines else 'it said nothing'}", "filtered": False, "output": "", "cpu_seconds": 0.0}
+
+# %% ../nbs/09a_programs.ipynb #80889725
 SPARE = 10.0          # seconds that a harness may take to start, and to say its verdict
 
 
@@ -415,13 +427,9 @@ def _verdict(task: dict, wall: str, mark: str = "") -> dict:
             finally:
                 timer.cancel()
                 _kill(process)
-    last = (said.strip().splitlines() or ["it said nothing"])[-1]
-    try:
-        return json.loads(last) | {"wall": wall}
-    except ValueError:
-        return {"passed": False, "reason": f"no verdict: {last[:300]}", "filtered": False, "output": "", "cpu_seconds": 0.0, "wall": wall}
+    return _read_verdict(said) | {"wall": wall}
 
-# %% ../nbs/09a_programs.ipynb #fb7e23ec
+# %% ../nbs/09a_programs.ipynb #a5642ae7
 def _task(program: str, tests: str | None = None, entry_point: str = "", helpers: str = "", seconds: float = 3.0, memory: int = 1 << 30, shared: bool = False, filtered: bool = True) -> dict:
     "What the harness is to be told. Raises UserError for bounds that make no sense."
     if not (0.01 <= seconds <= 86_400 and memory >= 1 << 26):
@@ -429,14 +437,14 @@ def _task(program: str, tests: str | None = None, entry_point: str = "", helpers
     return {"program": program, "tests": tests, "entry_point": entry_point, "helpers": helpers, "seconds": seconds, "memory": int(memory), "shared": shared, "filtered": filtered,
             "name": "__main__" if tests is None else "program"}
 
-# %% ../nbs/09a_programs.ipynb #352b0d1e
+# %% ../nbs/09a_programs.ipynb #d7b20c60
 @cache
 def walls() -> tuple[str, ...]:
     "The walls that work here, the strongest first: of `bwrap` and `unshare` those behind which a right program passes and a wrong one does not."
     trial = lambda answer, wall: _verdict(_task(f"def f(): return {answer}", "def check(f): assert f() == 1", "f", seconds=10), wall)["passed"]
     return tuple(w for w in ("bwrap", "unshare") if sys.platform == "linux" and shutil.which(w) and trial(1, w) and not trial(2, w))
 
-# %% ../nbs/09a_programs.ipynb #6d3cef64
+# %% ../nbs/09a_programs.ipynb #8a533e35
 def choose_wall(wall: str | None = None, allow_unsafe: bool = False) -> str:
     """The wall to use: the strongest that works, or the one that is named. `none` only with `allow_unsafe`.
 
@@ -454,7 +462,7 @@ def choose_wall(wall: str | None = None, allow_unsafe: bool = False) -> str:
         raise UserError(f"wall={wall!r} does not work here; what works: {', '.join(walls()) or 'nothing'}")
     return wall or walls()[0]
 
-# %% ../nbs/09a_programs.ipynb #2ce00fdc
+# %% ../nbs/09a_programs.ipynb #db2b822a
 def run_program(program: str, seconds: float = 3.0, memory: int = 1 << 30, wall: str | None = None, allow_unsafe: bool = False) -> dict:
     """Run a script; `{"passed", "reason", "output", "cpu_seconds", "wall", "filtered"}`: passed means that it says it came to its end in time, no more.
 
@@ -472,7 +480,7 @@ def run_tests(program: str, tests: str, entry_point: str, helpers: str = "", sha
         raise UserError(f"entry_point={entry_point!r}: must be the name of a function")
     return _verdict(_task(program, tests, entry_point, helpers, seconds, memory, shared), choose_wall(wall, allow_unsafe))
 
-# %% ../nbs/09a_programs.ipynb #00ff9222
+# %% ../nbs/09a_programs.ipynb #f53c4dbd
 ESCAPES = {
     "read a file of ours": "print('escaped', open(SECRET).read())",
     "write beside it": "open(SECRET + '.new', 'w').write('x')\nprint('escaped')",
@@ -486,7 +494,7 @@ ESCAPES = {
     "make a folder writable again": "import ctypes, os\nprint('escaped' if ctypes.CDLL(None).mount(b'none', b'/usr', None, ctypes.c_ulong(4096 | 32), None) == 0 else '')",
 }
 
-# %% ../nbs/09a_programs.ipynb #b7dae136
+# %% ../nbs/09a_programs.ipynb #3051d9d2
 ESCAPES |= {
     "connect to a service of ours": "import socket\nsocket.create_connection(('127.0.0.1', PORT), 2)\nprint('escaped')",
     "send a packet to the world": "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 9))\nprint('escaped')",
@@ -503,7 +511,7 @@ ESCAPES |= {
     "make namespaces": "import ctypes\nprint('escaped' if ctypes.CDLL(None).unshare(0x10000000) == 0 else '')",
 }
 
-# %% ../nbs/09a_programs.ipynb #ebb5e757
+# %% ../nbs/09a_programs.ipynb #e0ac638a
 ESCAPES |= {
     "take 2 GB of memory": "x = bytearray(2 << 30)\nprint('escaped')",
     "raise its own bounds": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\nprint('escaped')",
@@ -518,7 +526,7 @@ ESCAPES |= {
     "recurse without end": "import sys\nsys.setrecursionlimit(10 ** 9)\nf = lambda: f()\nf()",
 }
 
-# %% ../nbs/09a_programs.ipynb #b577b16d
+# %% ../nbs/09a_programs.ipynb #9f1be4ed
 def _left_behind(mark: str) -> list[int]:
     "Processes that were started with a mark among their arguments and still run (Linux)."
     found = []
@@ -530,7 +538,7 @@ def _left_behind(mark: str) -> list[int]:
             pass
     return found
 
-# %% ../nbs/09a_programs.ipynb #8d4a2c1e
+# %% ../nbs/09a_programs.ipynb #36003fa9
 def try_escape(name: str, wall: str | None = None, allow_unsafe: bool = False, filtered: bool = True) -> dict:
     """Let one of `ESCAPES` try; `{"escaped", "reason", "seconds"}`.
 
@@ -559,7 +567,7 @@ def try_escape(name: str, wall: str | None = None, allow_unsafe: bool = False, f
     escaped = "escaped" in result["output"] or wrote or called or bool(alive) or seconds > 11 or len(result["output"]) > 1 << 16
     return {"escaped": escaped, "reason": result["reason"], "seconds": seconds}
 
-# %% ../nbs/09a_programs.ipynb #23e85e81
+# %% ../nbs/09a_programs.ipynb #20db3704
 CHEATS = {
     "leave with status 0": "import os\nos._exit(0)",
     "raise SystemExit in the function": "def double(x):\n    raise SystemExit(0)",
@@ -585,13 +593,13 @@ CHEATS = {
     "send nonsense": "import os\ndef double(x):\n    for fd in range(3, 16):\n        try:\n            os.write(fd, b'\\0\\0\\0\\2[]' * 9)\n        except OSError:\n            pass",
 }
 
-# %% ../nbs/09a_programs.ipynb #e2efb2ff
+# %% ../nbs/09a_programs.ipynb #5106e75b
 def try_cheat(name: str, wall: str | None = None, allow_unsafe: bool = False, shared: bool = False) -> dict:
     "Let one of `CHEATS` try to pass for a function that doubles a number: result as of `run_tests`."
     tests = "def check(candidate):\n    assert candidate(4) == 8\n    assert candidate(-3) == -6\n    assert candidate(candidate(1)) == 4\n"
     return run_tests(CHEATS[name] + "\n", tests, "double", shared=shared, wall=wall, allow_unsafe=allow_unsafe)
 
-# %% ../nbs/09a_programs.ipynb #8dce0517
+# %% ../nbs/09a_programs.ipynb #8c7875e6
 def read_humaneval(path: str | Path) -> list[dict]:
     """The problems of a file in HumanEval's own form (JSON lines, also `.gz`), each with an `id`, in the order of the file.
 
@@ -621,7 +629,7 @@ def _compiles(text: str) -> bool:
         return False
     return True
 
-# %% ../nbs/09a_programs.ipynb #b07bdacc
+# %% ../nbs/09a_programs.ipynb #c6b48f62
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
@@ -629,15 +637,15 @@ def truncate_completion(text: str, stops: Sequence[str] = STOPS) -> str:
     "A continuation up to the first of the stop strings: those of the paper say that something new begins at the left margin."
     return text[:min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))]
 
-# %% ../nbs/09a_programs.ipynb #ecb604d1
+# %% ../nbs/09a_programs.ipynb #882a517c
 def code_blocks(answer: str) -> list[str]:
     "The contents of the fenced blocks of an answer, less the indentation that they have in common; of one that is never closed, all to the end."
     return [textwrap.dedent(m[2]) for m in re.finditer(r"^[ \t]*(```+|~~~+)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", answer, re.M | re.S)]
 
-# %% ../nbs/09a_programs.ipynb #c74de5c7
+# %% ../nbs/09a_programs.ipynb #d8c358aa
 CHAT_PROMPT = "Complete this Python function. Answer with the whole function, in one block of code.\n\n"
 
-# %% ../nbs/09a_programs.ipynb #a7982cac
+# %% ../nbs/09a_programs.ipynb #aac6124b
 def _stub(item: dict) -> str:
     "The prompt as a program: its imports and helpers, and the function without a body; empty where it is no Python."
     return next((text for text in (item["prompt"], item["prompt"] + "    pass\n") if _compiles(text)), "")
@@ -647,7 +655,7 @@ def base_program(item: dict, completion: str) -> str:
     "The program of a model that continues texts: the prompt, and what it wrote after it."
     return item["prompt"] + completion + "\n"
 
-# %% ../nbs/09a_programs.ipynb #b708dbe7
+# %% ../nbs/09a_programs.ipynb #4987dc75
 def chat_program(item: dict, answer: str) -> str:
     """The program of a model that answers: of its fenced blocks the first that defines the function, else the first, else the whole answer.
 
@@ -659,7 +667,7 @@ def chat_program(item: dict, answer: str) -> str:
         return f"{_stub(item)}\n{code}\n"
     return item["prompt"] + (code if code[:1] in (" ", "\t") else textwrap.indent(code, "    ")) + "\n"
 
-# %% ../nbs/09a_programs.ipynb #cf388443
+# %% ../nbs/09a_programs.ipynb #31adb7b3
 def grade_program(item: dict, program: str, **limits) -> dict:
     "Run a program against the tests of a HumanEval problem; `limits` and result as of `run_tests`."
     return run_tests(program, item["test"], item["entry_point"], helpers=_stub(item), **limits)
@@ -672,14 +680,14 @@ def grade_programs(pairs: Sequence[tuple[dict, str]], workers: int | None = None
     with ThreadPoolExecutor(workers or cores) as pool:
         return list(pool.map(lambda pair: grade_program(*pair, **limits), pairs))
 
-# %% ../nbs/09a_programs.ipynb #58badc9b
+# %% ../nbs/09a_programs.ipynb #08355913
 def pass_at_k(n: int, correct: int, k: int) -> float:
     "Unbiased estimate that one of k samples is right, from n samples of which some are. (Chen et al., 2021) Raises UserError for k > n."
     if not 0 < k <= n or not 0 <= correct <= n:
         raise UserError(f"n={n}, correct={correct}, k={k}: need 0 < k <= n and 0 <= correct <= n")
     return 1.0 if n - correct < k else 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))
 
-# %% ../nbs/09a_programs.ipynb #5155d845
+# %% ../nbs/09a_programs.ipynb #ce8e8412
 def grade_samples(items: Sequence[dict], samples: Sequence[dict], ks: Sequence[int] = (1, 10, 100), **limits) -> dict:
     """Grade a file of completions as the original does: `{"pass@1": interval, …, "samples": [sample with passed and reason]}`.
 
@@ -695,7 +703,7 @@ def grade_samples(items: Sequence[dict], samples: Sequence[dict], ks: Sequence[i
     scores = {f"pass@{k}": mean_interval([pass_at_k(n, right[t], k) for t, n in asked.items()]) for k in ks if k <= min(asked.values(), default=0)}
     return scores | {"samples": [{**s, "passed": g["passed"], "reason": g["reason"]} for s, g in zip(samples, graded)]}
 
-# %% ../nbs/09a_programs.ipynb #3d7425dc
+# %% ../nbs/09a_programs.ipynb #06a85f9d
 def humaneval_suite(path: str | Path, samples: int = 1, ks: Sequence[int] = (1, 10, 100), chat: bool = False, max_new_tokens: int = 512, sampling: Sampling = Sampling(),
                     seed: int = 0, workers: int | None = None, **limits) -> Suite:
     """HumanEval, or a file of its form, as a suite with `pass@k` for each k up to `samples`, and the shares that timed out and that got no verdict.
