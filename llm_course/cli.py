@@ -57,9 +57,10 @@ def with_sources(settings: dict, data: Sequence[str] = (), datasets: Sequence[st
 HELP = {"run": "the whole chain, from raw documents to an aligned, evaluated chat model", "prepare": "read, clean, deduplicate, rank and mix the documents",
         "tokenizer": "train the tokenizer", "pretrain": "train the base model", "sft": "teach it to answer", "reward": "train the reward model",
         "ppo": "reinforcement learning against the reward model", "dpo": "learn from preferences directly",
-        "grpo": "reinforcement learning on questions whose answers can be checked (beside the chain)", "eval": "ask all models the held-out questions",
+        "grpo": "reinforcement learning on questions whose answers can be checked (beside the chain)", "eval": "ask all models of a run the held-out questions; with MODELS: compare any models on any suites",
         "report": "write metrics.json and report.html of what is finished", "chat": "talk to a model in the terminal",
         "serve": "offer a model to other programs (OpenAI's API) and to the browser",
+        "label": "ask people which of two answers is better, on a page in the browser or in the terminal",
         "plan": "memory, time and cost of a pretraining run before it starts"}
 
 
@@ -127,6 +128,34 @@ def _plan_options(s: argparse.ArgumentParser) -> None:
     s.add_argument("--rate", type=float, metavar="N", help="tokens a second of all devices together, where you have measured it, in place of --mfu")
     s.add_argument("--price", type=float, metavar="P", help="what an hour of one device costs")
 
+# %% ../nbs/10a_cli.ipynb #10ae0001
+def _eval_options(s: argparse.ArgumentParser) -> None:
+    "What a comparison of models can be told."
+    g = s.add_argument_group("comparing models (the options above are for the stage of a run)")
+    g.add_argument("models", nargs="*", metavar="MODEL", help="folder of a run or model, .gguf file, http(s)://…#NAME for an endpoint, or a checkpoint of transformers; the first is what the others are compared with")
+    g.add_argument("--suites", default="own", metavar="A,B,…", help="names (see --list), files of your own tasks; own (default): all that the course ships")
+    g.add_argument("--benchmarks", metavar="DIR", help="folder with the files of public benchmarks")
+    g.add_argument("--download", action="store_true", help="fetch what is missing there from the hub")
+    g.add_argument("--judge", metavar="MODEL", help="the model that grades open answers; without one they are counted as not graded")
+    g.add_argument("--corpus", nargs="+", default=[], metavar="FILE", help="training documents in which the questions are looked up")
+    g.add_argument("--limit", type=int, metavar="N", help="ask N items of each suite, taken at equal distances")
+    g.add_argument("--batch-size", type=int, default=16, metavar="N", help="items at a time (default: 16); answers are kept after each batch")
+    g.add_argument("--list", action="store_true", help="list the suites and stop")
+
+# %% ../nbs/10a_cli.ipynb #10ae0002
+def _label_options(s: argparse.ArgumentParser) -> None:
+    "How people are asked."
+    s.add_argument("items", help="file of pairs (id, prompt, first, second) or of single answers (id, prompt, answer)")
+    s.add_argument("--out", required=True, help="file of labels (JSON lines); an existing one is continued")
+    s.add_argument("--annotator", metavar="NAME", help="who labels; needed in the terminal, on the page each one says so")
+    s.add_argument("--terminal", action="store_true", help="ask here instead of in the browser")
+    s.add_argument("--guideline", metavar="FILE", help="text that is shown beside each item")
+    s.add_argument("--assignment", metavar="FILE", help="who gets which items (JSON, see llm_course.labelling.assign)")
+    s.add_argument("--strength", action="store_true", help="of pairs also ask how much better")
+    s.add_argument("--seed", type=int, default=0, help="of the order and the sides (default: 0)")
+    s.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this computer only)")
+    s.add_argument("--port", type=int, default=8100, help="port of the page (default: 8100; 0: any that is free)")
+
 # %% ../nbs/10a_cli.ipynb #c4ece049
 def parser() -> argparse.ArgumentParser:
     "The parser of the command `llm_course`."
@@ -144,8 +173,12 @@ def parser() -> argparse.ArgumentParser:
             s.add_argument("--record", metavar="FILE", help="also write the figures, without texts, into one JSON file")
         elif name == "plan":
             _plan_options(s)
+        elif name == "label":
+            _label_options(s)
         else:
             _stage_options(s)
+        if name == "eval":
+            _eval_options(s)
         if name in ("run", "prepare"):
             _engine_options(s)
         if name == "run":
@@ -218,6 +251,28 @@ def _talk(args: argparse.Namespace) -> int:
     chat(args.folder, args.model, args.system, args.prompt, sampling, args.max_new_tokens, args.seed, args.context)
     return 0
 
+# %% ../nbs/10a_cli.ipynb #10ae0004
+def _label(args: argparse.Namespace) -> int:
+    "The command `label`; returns the exit status."
+    from llm_course.labelling import label_command
+    return label_command(args.items, args.out, args.port, args.annotator, args.terminal, args.host, args.seed, args.guideline, args.assignment, args.strength)
+
+# %% ../nbs/10a_cli.ipynb #10ae0003
+def _compare(args: argparse.Namespace) -> None:
+    "The command `eval` with models: compare them on suites."
+    from llm_course.comparison import RECIPES, evaluate_models
+    from llm_course.suites import shipped_suites
+    if args.list:
+        for name, suite in shipped_suites().items():
+            print(f"{name:15} {len(suite.items):4} items  {suite.about}")
+        print("benchmarks (files in --benchmarks DIR):", ", ".join(RECIPES))
+        return
+    if min(args.batch_size, args.limit or 1) < 1:
+        raise UserError(f"--batch-size {args.batch_size} and --limit {args.limit} must be at least 1")
+    corpus = [f for path in args.corpus for f in data_files(path)]
+    evaluate_models(args.models, [n.strip() for n in args.suites.split(",") if n.strip()], args.out or "runs/eval", args.benchmarks, args.judge, corpus, args.limit,
+                    args.batch_size, args.download, (lambda text: None) if args.quiet else print)
+
 # %% ../nbs/10a_cli.ipynb #401ba8bc
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `llm_course`; returns the exit status: 0, 1 for a plan that does not fit, 2 for what the user can mend, 130 when stopped, 141 when
@@ -226,11 +281,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     talking = False
     try:
         args = parser().parse_args(argv)
-        talking = args.command in ("chat", "serve")
-        if talking or args.command == "plan":
-            return _talk(args) if talking else _plan(args)
-        _report(args) if args.command == "report" else _chain(args)
-        return 0
+        talking = args.command in ("chat", "serve", "label")
+        special = {"chat": _talk, "serve": _talk, "plan": _plan, "label": _label, "report": _report}.get(args.command)
+        if args.command == "eval" and (args.models or args.list):
+            special = _compare
+        return (special or _chain)(args) or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.status

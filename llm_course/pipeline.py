@@ -7,7 +7,8 @@ __all__ = ['LAPTOP', 'SMOKE', 'GPU', 'CLUSTER', 'FREE', 'SIZES', 'TRAINING', 'ST
            'RESUMING', 'REPAIR_STEPS', 'REMOVING_RULES', 'MODELS', 'RUNNERS', 'CURVES', 'merged', 'parse_setting',
            'resolve', 'train_config', 'Run', 'is_main', 'run_stage', 'write_world', 'injected_scores', 'make_corpus',
            'prepare', 'make_tokenizer', 'run_pretrain', 'run_sft', 'run_reward', 'run_ppo', 'run_dpo', 'run_grpo',
-           'run_eval', 'environment', 'open_run', 'run_stages', 'run_chain', 'collect', 'report', 'run_record']
+           'paired_stages', 'run_eval', 'environment', 'open_run', 'run_stages', 'run_chain', 'collect', 'report',
+           'run_record']
 
 # %% ../nbs/10_pipeline.ipynb #fd4e4239
 import copy
@@ -34,7 +35,11 @@ from .cleaning import repair_scores
 from .engines import Engine, run_tasks
 from .corpus import CORPUS_STAGES, check_sources, documents_of, list_inputs, sorted_rows, write_plan
 from .evaluate import accuracy_by_kind, ask, ask_tasks, gold_rewards, sample_stories, sequence_kl, story_quality
-from .intervals import mean_interval, rate, win_rate
+from .benchmarks import blimp_suite, minimal_pairs
+from .comparison import find_suites, leaked_items
+from .lm import ModelLM, perplexity_matrix
+from .suites import Suite, run_suite
+from .intervals import compare, holm, mean_interval, rate, win_rate
 from .reading import DataError, UserError, data_files, new_folder, read_rows, write_json, write_jsonl
 from .generate import Sampling
 from .hub import load_model, save_model
@@ -76,7 +81,7 @@ LAPTOP = {
                                     "questions": 400, "kinds": ["form", "reading", "string", "counting", "arithmetic"]},
     "dpo": {"epochs": 0.5, "batch_size": 16, "micro_batch": 0, "lr": 1e-4, "kind": "dpo", "beta": 0.3, "gamma": 0.5, "label_smoothing": 0.0,
             "average": True, "precision": "auto"},
-    "eval": {"max_new_tokens": 40, "preference_tasks": 400, "stories": 200},
+    "eval": {"max_new_tokens": 40, "preference_tasks": 400, "stories": 200, "texts": 20, "pairs": 40, "suites": "", "benchmarks": ""},
 }
 
 # %% ../nbs/10_pipeline.ipynb #8f359ca7
@@ -85,7 +90,7 @@ SMOKE = {"data": {"people": 20, "village_bytes": 900_000, "docs_bytes": 150_000,
          "tokenizer": {"vocab_size": 1024, "sample_bytes": 1_000_000}, "model": {"dim": 64, "n_layers": 2},
          "pretrain": {"tokens": 200_000, "batch_size": 16}, "sft": {"epochs": 1.0}, "reward": {"epochs": 0.5},
          "ppo": {"updates": 2, "rollouts": 16, "batch_size": 16, "epochs": 1}, "dpo": {"epochs": 0.3}, "grpo": {"updates": 2, "prompts": 4, "group": 4, "batch_size": 16, "questions": 30},
-         "eval": {"preference_tasks": 30, "stories": 10}}
+         "eval": {"preference_tasks": 30, "stories": 10, "texts": 3, "pairs": 5}}
 GPU = {"data": {"village_bytes": 60_000_000, "docs_bytes": 20_000_000, "code_bytes": 20_000_000, "budget_bytes": 1_200_000_000, "dataset_bytes": 1_100_000_000,
                 "instructions": 40_000, "pairs": 12_000, "tasks": 300, "held_out": 300,
                 "weights": {"village": 0.1, "docs": 0.02, "code": 0.02, "roneneldan/TinyStories": 0.86},
@@ -677,6 +682,38 @@ def run_grpo(run: Run, out: Path) -> dict:
         save_model(trainer.whole_model(), out, tokenizer)
     return {"grpo": {"updates": c["updates"], "questions": len(prompts), "questions_too_long": len(tasks) - len(prompts)}}
 
+# %% ../nbs/10_pipeline.ipynb #0ea10002
+def paired_stages(graded: dict[str, list[dict]], rewards: dict[str, list[float]]) -> list[dict]:
+    """Each model against the one that it started from, on the same items: rows of `compare` with `model`, `against`, `what`, and `p_holm`.
+
+    `graded`: for each model its answers with `kind` and `right`; `rewards`: its gold rewards."""
+    rows = []
+    for model, before in {"sft": "base", "ppo": "sft", "dpo": "sft", "grpo": "sft"}.items():
+        if model in graded and before in graded:
+            pairs = {"gold reward": (rewards[model], rewards[before])}
+            for kind in dict.fromkeys(g["kind"] for g in graded[model]):
+                pairs[f"accuracy, {kind}"] = tuple([float(g["right"]) for g in graded[m] if g["kind"] == kind] for m in (model, before))
+            rows += [{"model": model, "against": before, "what": what} | compare(*both, names=(model, before)) for what, both in pairs.items()]
+    tested = [r for r in rows if r["p"] is not None]
+    for row, p in zip(tested, holm([r["p"] for r in tested])):
+        row["p_holm"] = p
+    return rows
+
+# %% ../nbs/10_pipeline.ipynb #0ea10005
+def _suites_of(run: Run, models: dict[str, Transformer], tokenizer: Tokenizer, tasks: Sequence[dict], out: Path) -> dict:
+    "What the models get in further suites, the matrix of bits per byte, and the questions that occur in the training text."
+    c = LAPTOP["eval"] | run.settings["eval"]
+    wanted, missing = find_suites([n for n in c["suites"].split(",") if n], c["benchmarks"] or None)
+    suites = [blimp_suite(minimal_pairs(c["pairs"], run.settings["seed"]), "minimal pairs"), *wanted]
+    lms = {name: ModelLM(model, tokenizer, name=name) for name, model in models.items()}
+    results = {s.name: {name: run_suite(lm, s, out / "suites") for name, lm in lms.items()} for s in suites}
+    asked = Suite("tasks", [{"id": t["id"], "prompt": t["prompt"]} for t in tasks], None, None, "right")
+    leaks = leaked_items([asked, *suites], (row for _, row in read_rows(run.path("prepare") / "train.jsonl")))
+    return {"suites": {s: {m: r["metrics"][r["main"]] for m, r in by.items()} for s, by in results.items()}, "suites_missing": missing,
+            "suites_by": {s: {m: r["by"] for m, r in by.items() if r["by"]} for s, by in results.items()},
+            "contamination": {s: {"items": x["checked"], "leaked": len(x["leaked"]), "too_short": x["too_short"]} for s, x in leaks.items()},
+            "matrix": perplexity_matrix(lms, {s: t[:c["texts"]] for s, t in _held_out(run).items()})}
+
 # %% ../nbs/10_pipeline.ipynb #0c9770fd
 MODELS = {"base": "pretrain", "sft": "sft", "ppo": "ppo", "dpo": "dpo", "grpo": "grpo"}
 
@@ -689,7 +726,7 @@ def run_eval(run: Run, out: Path) -> dict:
     open_tasks = sample_tasks(village, "test", c["preference_tasks"], s["seed"] + 2)
     models = {name: load_model(run.path(stage)).to(_device()) for name, stage in MODELS.items() if stage in run.inputs("eval")}
     metrics: dict = {"tasks": {"accuracy": {}, "baselines": baselines(make_tasks(village, "train", 4 * s["data"]["tasks"]), tasks)}, "gold_reward": {}}
-    rewards, sampled = {}, {}
+    rewards, sampled, greedy = {}, {}, {}
     for name, model in models.items():
         run.say(f"  asking {name}")
         answers = ask_tasks(model, tokenizer, tasks, max_new_tokens=c["max_new_tokens"])
@@ -698,7 +735,7 @@ def run_eval(run: Run, out: Path) -> dict:
         for kind, value in accuracy_by_kind(tasks, answers).items():
             metrics["tasks"]["accuracy"].setdefault(kind, {})[name] = value
         metrics["gold_reward"][name] = mean_interval(rewards[name])
-        graded = [{"id": t["id"], "kind": t["kind"], "prompt": t["prompt"], "answer": a, "right": grade(t, a)["right"]} for t, a in zip(tasks, answers)]
+        greedy[name] = graded = [{"id": t["id"], "kind": t["kind"], "prompt": t["prompt"], "answer": a, "right": grade(t, a)["right"]} for t, a in zip(tasks, answers)]
         drawn = [{"kind": t["kind"], "prompt": t["prompt"], "answer": a, "gold_reward": r} for t, a, r in zip(open_tasks, sampled[name], rewards[name])]
         write_json(out / f"{name}.json", {"greedy": graded, "sampled": drawn})
     prompts = [[{"role": "user", "content": t["prompt"]}] for t in open_tasks]
@@ -707,7 +744,8 @@ def run_eval(run: Run, out: Path) -> dict:
                          "kl": sequence_kl(models[name], models["sft"], tokenizer, prompts[:200], c["max_new_tokens"], seed=s["seed"])}
     stories = sample_stories(models["base"], tokenizer, c["stories"], s["seed"])
     write_json(out / "stories.json", stories)
-    return metrics | {"stories": story_quality(stories)}
+    run.say("  further suites")
+    return metrics | {"stories": story_quality(stories), "paired": paired_stages(greedy, rewards)} | _suites_of(run, models, tokenizer, tasks, out)
 
 
 def _device() -> str:
