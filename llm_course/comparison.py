@@ -22,7 +22,7 @@ from .endpoint import EndpointLM
 from .gguf_io import from_gguf
 from .hub import load_model
 from .ifeval import ifeval_suite
-from .intervals import compare, holm
+from .intervals import compare, holm, summarise_metric
 from .judge import judge_of, mt_bench_suite
 from .lm import LM, ModelLM, TransformersLM
 from .reading import UserError, new_file, read_rows, write_json, write_jsonl
@@ -129,7 +129,7 @@ def find_suites(names: Sequence[str], folder: str | Path | None = None, graders:
 def how_to_get(name: str, folder: str | Path | None) -> str:
     "What to do about a benchmark whose files are not there."
     recipe = RECIPES[name]
-    where = f"it needs {' and '.join(recipe.files)} in {folder}" if folder else "say where its files are: --data DIR"
+    where = f"it needs {' and '.join(recipe.files)} in {folder}" if folder else "say where its files are: --benchmarks DIR"
     return where + (f"; from the hub: --download (needs the extra `data`), data set {recipe.hub[0]}" if recipe.hub else "")
 
 # %% ../nbs/09c_comparison.ipynb #c000000e
@@ -216,19 +216,19 @@ def compared(results: dict[str, dict[str, dict]], suites: Sequence[Suite], leaks
     model of the suite by a paired test, with `p` adjusted for the number of tests (Holm), and what is `missing`, `unanswered` and `cut`."""
     rows = []
     for suite in suites:
-        by_id, first = {i["id"]: i for i in suite.items}, None
+        by_id, first, leader = {i["id"]: i for i in suite.items}, None, ""
         for model, r in results[suite.name].items():
             scores = {i["id"]: i["scores"].get(r["main"]) for i in r["items"]}
             row = {"suite": suite.name, "model": model, "metric": r["main"], "chance": r["chance"], "value": r["metrics"].get(r["main"]), "unanswered": r["unanswered"], "cut": r["cut"]}
             leaked = (leaks or {}).get(suite.name, {}).get("leaked", {})
             if leaked and (clean := [k for k in scores if k not in leaked]):
-                row["clean"] = compare([scores[k] for k in clean], [scores[k] for k in clean])["a"]
+                row["clean"] = summarise_metric([scores[k] for k in clean])["value"]
             if first is None:
-                first = scores
+                first, leader = scores, model
             else:
                 both = [k for k in scores if k in first]
                 groups = [by_id[k][suite.group] for k in both] if suite.group else None
-                row["difference"] = compare([scores[k] for k in both], [first[k] for k in both], groups, ("better", "worse"))
+                row["difference"] = compare([scores[k] for k in both], [first[k] for k in both], groups, (model, leader))
             rows.append(row)
     tested = [r for r in rows if r.get("difference", {}).get("p") is not None]
     for row, p in zip(tested, holm([r["difference"]["p"] for r in tested])):

@@ -34,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from .evaluate import LM
+from .lm import LM
 from .generate import Sampling
 from .intervals import mean_interval
 from .reading import DataError, UserError, read_rows

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOK_LIMIT, PYTEST_LIMIT = 40 * 60, 40 * 60
 CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
-LONG = ("run", "processes", "engines", "serve", "bad_input", "mlm", "spikes", "preference", "grpo", "ppo", "lora", "real", "filtering", "scale")      # the files that take longest
+LONG = ("run", "sandbox", "labelling", "comparison", "processes", "engines", "serve", "bad_input", "mlm", "spikes", "preference", "grpo", "ppo", "lora", "real", "filtering", "scale")      # the files that take longest
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
 
 
