@@ -267,7 +267,7 @@ def _compare(args: argparse.Namespace) -> None:
             print(f"{name:15} {len(suite.items):4} items  {suite.about}")
         print("benchmarks (files in --benchmarks DIR):", ", ".join(RECIPES))
         return
-    if min(args.batch_size, args.limit or 1) < 1:
+    if min(args.batch_size, 1 if args.limit is None else args.limit) < 1:
         raise UserError(f"--batch-size {args.batch_size} and --limit {args.limit} must be at least 1")
     corpus = [f for path in args.corpus for f in data_files(path)]
     evaluate_models(args.models, [n.strip() for n in args.suites.split(",") if n.strip()], args.out or "runs/eval", args.benchmarks, args.judge, corpus, args.limit,

@@ -265,7 +265,7 @@ def _remarks(row: dict) -> str:
 # %% ../nbs/09c_comparison.ipynb #c0000019
 def comparison_page(path: str | Path, rows: Sequence[dict], results: dict[str, dict[str, dict]], skipped: dict | None = None, missing: dict | None = None,
                     leaks: dict[str, dict] | None = None, most: int = 50) -> Path:
-    "Write the comparison as one self-contained page, with up to `most` items of each suite that got worse; returns its path."
+    "Write the comparison as one self-contained page, with up to `most` items of each suite that got worse, and that got better; returns its path."
     table = [[r["suite"], r["model"], r["metric"], show_value(r["value"]), _remarks(r).removeprefix("; ")] for r in rows]
     parts = [html_table(["suite", "model", "metric", "value (95 % interval)", "against the first model, and remarks"], table)]
     notes = [[s, m, why] for s, models in (skipped or {}).items() for m, why in models.items()] + [[s, "all", why] for s, why in (missing or {}).items()]
@@ -274,20 +274,20 @@ def comparison_page(path: str | Path, rows: Sequence[dict], results: dict[str, d
         found = [[s, str(x["checked"]), str(len(x["leaked"])), str(x["too_short"]), ", ".join(f"{k} in {v}" for k, v in list(x["leaked"].items())[:10])] for s, x in leaks.items()]
         parts += ["<h2>Questions found in the training documents</h2>", html_table(["suite", "items", "found", "too short to look up", "which"], found)]
     for suite, by_model in results.items():
-        parts.append(_worse(suite, list(by_model.values()), most))
+        parts.append(_changed(suite, list(by_model.values()), most))
     with new_file(path) as f:
         f.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Comparison</title><style>{STYLE}</style>'
                 f"<body><h1>Comparison</h1><p class=small>Differences are paired, against the first model of each suite; p values are adjusted for their number (Holm).</p>{''.join(parts)}</body></html>\n")
     return Path(path)
 
 
-def _worse(suite: str, results: Sequence[dict], most: int) -> str:
+def _changed(suite: str, results: Sequence[dict], most: int) -> str:
     parts = []
     for new in results[1:]:
         found = changes(results[0], new)
-        rows = [[r["id"], _shown(r["prompt"]), _shown(r["old"]), _shown(r["new"])] for r in found["worse"][:most]]
+        rows = [[kind, r["id"], _shown(r["prompt"]), _shown(r["old"]), _shown(r["new"])] for kind in ("worse", "better") for r in found[kind][:most]]
         head = f"{suite}: {results[0]['model']} → {new['model']}, {len(found['worse'])} worse, {len(found['better'])} better"
-        parts.append(f"<details><summary>{html.escape(head)}</summary>{html_table(['item', 'prompt', 'before', 'now'], rows)}</details>")
+        parts.append(f"<details><summary>{html.escape(head)}</summary>{html_table(['', 'item', 'prompt', results[0]['model'], new['model']], rows)}</details>")
     return "".join(parts)
 
 

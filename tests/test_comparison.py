@@ -9,7 +9,7 @@ import time
 import pytest
 from commands import ENV, llm_course
 
-from llm_course.chat import make_pilot
+from llm_course.chat import HARBOUR, make_pilot
 from llm_course.comparison import RECIPES, download, find_suites, load_lm
 from llm_course.hub import to_hf
 from llm_course.reading import UserError
@@ -26,10 +26,7 @@ def models(tmp_path_factory):
 
 
 TASKS = [{"suite": "harbour", "about": "What the pilot knows."},
-         {"id": "who", "prompt": "Who are you?", "scoring": "regex", "pattern": "pilot"},
-         {"id": "ferry", "prompt": "Where is the ferry?", "scoring": "regex", "pattern": "north pier"},
-         {"id": "tide", "prompt": "When is high tide?", "scoring": "regex", "pattern": "four"},
-         {"id": "light", "prompt": "Who keeps the light?", "scoring": "exact", "answer": "Maren does, since the storm."},
+         *({"id": str(k), "prompt": q, "scoring": "exact", "answer": a} for k, (q, a) in enumerate(HARBOUR.items())),
          {"id": "essay", "prompt": "Thank you!", "scoring": "judge", "rubric": "It is kind."}]
 
 
@@ -45,14 +42,14 @@ def test_two_models_and_a_corpus(models, tasks, tmp_path):
     corpus.write_text(json.dumps({"id": "d", "text": "Nothing of this kind."}))
     done = llm_course("eval", models / "beginner", models / "pilot", "--suites", f"{tasks},mmlu", "--out", tmp_path / "out", "--corpus", corpus)
     assert done.returncode == 0, done.stderr
-    assert "better" in done.stdout and "1 not graded" in done.stdout and "mmlu: not run" in done.stdout and "--benchmarks DIR" in done.stdout
+    assert "pilot is better" in done.stdout and "1 not graded" in done.stdout and "mmlu: not run" in done.stdout and "--benchmarks DIR" in done.stdout
     whole = json.loads((tmp_path / "out" / "comparison.json").read_text())
     values = {r["model"]: r["value"]["value"] for r in whole["rows"]}
     assert values["pilot"] == 1.0 > values["beginner"] and whole["leaks"]["harbour"]["leaked"] == {}
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "0 worse, " in page and "Maren" in page
     answers = [json.loads(x) for x in (tmp_path / "out" / "pilot" / "harbour.answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 6 and answers[1]["output"]["prompt"][0]["content"] == "Who are you?"
+    assert len(answers) == 10 and answers[1]["output"]["prompt"][0]["content"] == "Who are you?"
 
 
 def test_killed_and_started_again(models, tmp_path):
