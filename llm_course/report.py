@@ -234,7 +234,7 @@ def paired_table(m: dict) -> str:
     "Each model against the one that it started from, on the same items; empty for a run that has not been evaluated."
     rows, classes = [], {}
     for r in m.get("paired") or ():
-        p = r.get("p_holm")
+        p = r.get("p_adjusted")
         rows.append([r["model"], r["what"], "–" if r["difference"] is None else f"{r['difference']:+.3f}" + ("" if r["low"] is None else f" ({r['low']:+.3f} to {r['high']:+.3f})"),
                      "" if p is None else f"{p:.2g}", r["verdict"]])
         if p is not None and p < 0.05:
