@@ -26,7 +26,7 @@ from .intervals import compare, holm, summarise_metric
 from .judge import judge_of, mt_bench_suite
 from .lm import LM, ModelLM, TransformersLM
 from .reading import UserError, new_file, read_rows, write_json, write_jsonl
-from .report import STYLE, html_table, show_value
+from .report import STYLE, html_table, show_p, show_value
 from .sandbox import humaneval_suite
 from .suites import Grader, Suite, changes, limited, run_suite, shipped_suites, task_suite
 
@@ -261,7 +261,7 @@ def _remarks(row: dict) -> str:
     "What must be said beside a figure."
     said, d = [], row.get("difference")
     if d and d["difference"] is not None:
-        said.append(f"{d['difference']:+.3f}: {d['verdict']}" + (f" (p = {d['p_adjusted']:.2g})" if "p_adjusted" in d else ""))
+        said.append(f"{d['difference']:+.3f}: {d['verdict']}" + (f" (p {'' if d['p_adjusted'] < 1e-6 else '= '}{show_p(d['p_adjusted'])})" if "p_adjusted" in d else ""))
     said += [f"{row[k]} {k}" for k in ("unanswered", "cut") if row[k]]
     if (row["value"] or {}).get("missing"):
         said.append(f"{row['value']['missing']} not graded")
