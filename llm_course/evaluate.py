@@ -39,14 +39,14 @@ def ask_tasks(model: Transformer, tokenizer: Tokenizer, tasks: Sequence[dict], *
 def accuracy_by_kind(tasks: Sequence[dict], answers: Sequence[str]) -> dict[str, dict]:
     "Exact-match accuracy of each kind of task, with interval."
     hits: dict[str, list[bool]] = {}
-    for task, text in zip(tasks, answers):
+    for task, text in zip(tasks, answers, strict=True):
         hits.setdefault(task["kind"], []).append(grade(task, text)["right"])
     return {kind: rate(sum(h), len(h)) for kind, h in hits.items()}
 
 
 def gold_rewards(tasks: Sequence[dict], answers: Sequence[str]) -> list[float]:
     "The world's gold reward of each answer."
-    return [gold_reward(t, a) for t, a in zip(tasks, answers)]
+    return [gold_reward(t, a) for t, a in zip(tasks, answers, strict=True)]
 
 # %% ../nbs/09_evaluation.ipynb #e900000c
 def sample_stories(model: Transformer, tokenizer: Tokenizer, n: int = 100, seed: int = 0, temperature: float = 0.7) -> list[str]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GREY', 'COLOURS', 'STYLE', 'show_value', 'table_rows', 'summary', 'new_axes', 'svg', 'funnel_figure', 'loss_figure',
-           'pairs_figure', 'ppo_figure', 'html_table', 'answers_table', 'paired_table', 'worse_table', 'further_tables',
-           'write_report']
+           'pairs_figure', 'ppo_figure', 'html_table', 'answers_table', 'show_p', 'paired_table', 'worse_table',
+           'further_tables', 'write_report']
 
 # %% ../nbs/09c_report.ipynb #27009cf4
 import html
@@ -230,13 +230,18 @@ def _figures(folder: Path) -> str:
     return "".join(parts)
 
 # %% ../nbs/09c_report.ipynb #0c900032
+def show_p(p: float) -> str:
+    "A p value as a table shows it."
+    return "< 1e-6" if p < 1e-6 else f"{p:.2g}"
+
+
 def paired_table(m: dict) -> str:
     "Each model against the one that it started from, on the same items; empty for a run that has not been evaluated."
     rows, classes = [], {}
     for r in m.get("paired") or ():
-        p = r.get("p_holm")
+        p = r.get("p_adjusted")
         rows.append([r["model"], r["what"], "–" if r["difference"] is None else f"{r['difference']:+.3f}" + ("" if r["low"] is None else f" ({r['low']:+.3f} to {r['high']:+.3f})"),
-                     "" if p is None else f"{p:.2g}", r["verdict"]])
+                     "" if p is None else show_p(p), r["verdict"]])
         if p is not None and p < 0.05:
             classes[len(rows) - 1, 2] = "right" if r["difference"] > 0 else "wrong"
     head = "<h2>What each stage changed</h2><p class=small>Differences from the model that it started from (base for sft, sft for the others) on the same items; p is adjusted for the number of tests (Holm), coloured where it is below 0.05.</p>"

@@ -9,7 +9,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: nothi
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from llm_course.benchmarks import blimp_suite, completion_suite, gsm8k_suite, mmlu_suite, read_choices  # noqa: E402
+from llm_course.benchmarks import blimp_suite, completion_item, completion_suite, gsm8k_suite, mmlu_suite, read_choices  # noqa: E402
 from llm_course.hub import to_hf  # noqa: E402
 from llm_course.lm import ModelLM, harness_model  # noqa: E402
 from llm_course.model import ModelConfig, Transformer  # noqa: E402
@@ -40,11 +40,11 @@ def both(tmp_path_factory):
     return ModelLM(model, tokenizer, name="ours"), theirs
 
 
-def run_theirs(model, folder, name: str, settings: dict, files: dict, limit: int | None = None) -> list[dict]:
-    "The harness's own items of a task over local files, in the order of the documents."
+def run_theirs(model, folder, name: str, settings: dict, files: dict) -> tuple[list[dict], dict]:
+    "The harness's own items of a task over local files, and its results."
     data = {split: str(path) for split, path in files.items()}
     (folder / f"{name}.yaml").write_text(json.dumps({"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": data}, **settings}))
-    out = lm_eval.simple_evaluate(model=model, tasks=[name], task_manager=TaskManager(include_path=str(folder), include_defaults=False), limit=limit, log_samples=True,
+    out = lm_eval.simple_evaluate(model=model, tasks=[name], task_manager=TaskManager(include_path=str(folder), include_defaults=False), log_samples=True,
                                   bootstrap_iters=0, verbosity="ERROR")
     return out["samples"][name], out["results"][name]
 
@@ -110,6 +110,20 @@ def test_completions(both, tmp_path, testdata, name):
         assert a["acc"] == b["scores"]["acc"]
         if "acc_norm" in a and name != "winogrande":
             assert a["acc_norm"] == b["scores"]["acc_norm"]
+
+
+def test_formats_as_the_harness_reads_them():
+    "Rows of the data sets themselves, through the functions and templates of the harness's own tasks."
+    from lm_eval.tasks.hellaswag.utils import preprocess
+    from lm_eval.tasks.winogrande import preprocess_winogrande as w
+    row = {"activity_label": "Cooking", "ctx_a": "A man [title] boils.", "ctx_b": "he", "endings": ["[step] eats it. [substeps] Done", "reads it."], "label": "0"}
+    query = preprocess(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    assert completion_item(row)["pairs"] == [(query, " " + preprocess(e)) for e in row["endings"]]
+    row = {"sentence": "Ada thanked Ben, for _ had helped.", "option1": "Ada", "option2": "Ben", "answer": "2"}
+    assert completion_item(row) == {"pairs": [(c, " " + w.doc_to_target(row)) for c in w.doc_to_choice(row)], "gold": w.doc_to_text(row)}
+    for goal in ("Boil an egg\n", "Boil an egg"):
+        row = {"goal": goal, "sol1": "Use water.", "sol2": "Use sand.", "label": 0}
+        assert completion_item(row)["pairs"][0] == (f"Question: {goal}\nAnswer:", " Use water.")
 
 
 def test_minimal_pairs(both, tmp_path, testdata):
@@ -184,7 +198,7 @@ def test_gsm8k_verdicts_on_real_replies(tmp_path, testdata):
                 verdicts.append(out["is_correct"])
     graded = gsm8k_verdicts(tmp_path, told)
     wrong = [k for k, (g, v) in enumerate(zip(graded, verdicts)) if g["scores"]["careful"] != float(v)]
-    assert len(graded) == 1400 and len(wrong) <= 2, wrong
+    assert len(graded) == 1400 and not wrong
 
 
 def test_rolling_perplexity(both, tmp_path):
