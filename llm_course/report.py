@@ -22,7 +22,8 @@ from .lm import matrix_figure
 def show_value(x: object) -> str:
     "A figure as the table shows it: a number, or a value with its 95 % interval and n."
     if isinstance(x, dict) and "low" in x:
-        return "–" if x["value"] is None else f"{x['value']:.3g} ({x['low']:.3g} to {x['high']:.3g}, n = {x['n']})"
+        interval = "no interval" if x["low"] is None else f"{x['low']:.3g} to {x['high']:.3g}"
+        return "–" if x["value"] is None else f"{x['value']:.3g} ({interval}, n = {x['n']})"
     if isinstance(x, float):
         return f"{x:.4g}" if abs(x) < 1000 else f"{x:,.0f}"
     return f"{x:,}" if isinstance(x, int) else str(x)
