@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['SCALES', 'SIDES', 'kind_of', 'text_of', 'criteria_of', 'check_items', 'read_items', 'unblinded', 'labelling_order',
            'steps_of', 'step_after', 'label_of', 'LabelFile', 'check_name', 'check_assignment', 'Stale', 'Labelling',
-           'label_terminal', 'label_pairs', 'LabelWidget', 'label_page', 'label_routes', 'make_label_app',
-           'serve_labels', 'label_command', 'assign', 'read_labels', 'label_table', 'ratings', 'label_agreement',
-           'annotator_report', 'to_preferences']
+           'label_terminal', 'label_pairs', 'LabelWidget', 'label_routes', 'make_label_app', 'serve_labels',
+           'label_command', 'assign', 'read_labels', 'label_table', 'ratings', 'label_agreement', 'annotator_report',
+           'to_preferences']
 
 # %% ../nbs/09b_people.ipynb #18853b31
-import base64
 import hashlib
 import html
 import json
@@ -29,9 +28,8 @@ from pathlib import Path
 from .reading import DataError, UserError, disk_error, read_rows
 from .formats import to_pair
 from .votes import annotator_agreement, cohen_kappa, krippendorff_alpha
-from .world import data_path
 from .chat import printable
-from .serve import ApiError, Guard, LOOPBACK, json_error, listen, names_of, read_json, readable, _until_signal
+from .serve import ApiError, Guard, LOOPBACK, json_error, listen, names_of, page_with_policy, read_json, readable, _until_signal
 from .intervals import rate
 
 # %% ../nbs/09b_people.ipynb #b494e480
@@ -480,14 +478,6 @@ class LabelWidget:
         display(self.box)
 
 # %% ../nbs/09b_people.ipynb #f07d0ad0
-def label_page() -> tuple[str, str]:
-    "The page for labelling in the browser, and its content security policy."
-    page = data_path("label.html").read_text(encoding="utf-8")
-    digest = lambda tag: base64.b64encode(hashlib.sha256(re.search(rf"<{tag}>(.*?)</{tag}>", page, re.S)[1].encode()).digest()).decode()
-    return page, (f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src 'sha256-{digest('style')}'; img-src data:; connect-src 'self'; "
-                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-
-
 def _said(body: dict) -> dict:
     "The fields of a label that the page sends, checked. Raises ApiError."
     keys, seconds = body.get("keys"), body.get("seconds")
@@ -502,7 +492,7 @@ def label_routes(work: Labelling) -> list:
     "The requests that the page makes: itself, the guideline, the state of an annotator, a label, an undoing."
     from starlette.responses import HTMLResponse, JSONResponse
     from starlette.routing import Route
-    page, policy = label_page()
+    page, policy = page_with_policy("label.html")
     fresh = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
     async def home(request):

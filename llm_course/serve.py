@@ -6,7 +6,7 @@
 __all__ = ['SHARED', 'ABOUT_THE_ACCOUNT', 'WITHOUT_EFFECT', 'LONGEST_BODY', 'LOOPBACK', 'ApiError', 'check_names', 'number',
            'flag', 'stops', 'readable', 'message', 'messages_of', 'Wanted', 'check_model', 'wanted_chat', 'wanted_text',
            'usage_of', 'envelope', 'choice_of', 'event', 'Desk', 'read_json', 'json_error', 'routes_of', 'refused',
-           'chat_page', 'Guard', 'make_app', 'listen', 'names_of', 'make_server', 'serve']
+           'page_with_policy', 'Guard', 'make_app', 'listen', 'names_of', 'make_server', 'serve']
 
 # %% ../nbs/04c_serving.ipynb #4543957e
 import asyncio
@@ -333,7 +333,7 @@ def routes_of(desk: Desk) -> list:
     "The routes of the server: chat and text completions, the models, health, and the page."
     from starlette.responses import HTMLResponse, JSONResponse
     from starlette.routing import Route
-    s, began, (page, policy) = desk.session, int(time.time()), chat_page()
+    s, began, (page, policy) = desk.session, int(time.time()), page_with_policy()
     card = {"id": s.name, "object": "model", "created": began, "owned_by": "llm_course", "context_length": s.context}
 
     async def chat(request):
@@ -387,9 +387,9 @@ def refused(headers: Mapping[str, str], hosts: frozenset[str] | None = LOOPBACK)
     return None
 
 # %% ../nbs/04c_serving.ipynb #f5182980
-def chat_page() -> tuple[str, str]:
-    "The page for a conversation in the browser, and its content security policy."
-    html = data_path("chat.html").read_text(encoding="utf-8")
+def page_with_policy(name: str = "chat.html") -> tuple[str, str]:
+    "A page of `data/` with its script and style inside, and the content security policy that lets nothing else run."
+    html = data_path(name).read_text(encoding="utf-8")
     digest = lambda tag: base64.b64encode(hashlib.sha256(re.search(rf"<{tag}>(.*?)</{tag}>", html, re.S)[1].encode()).digest()).decode()
     return html, (f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src 'sha256-{digest('style')}'; img-src data:; connect-src 'self'; "
                   "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
