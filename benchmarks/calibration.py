@@ -1,7 +1,7 @@
 """How far GPT-4 can be trusted to stand for people on MT-Bench: agreement, rankings, corrected win rates (3,355 human votes, 2,400 verdicts of GPT-4).
 
 Agreement is counted as in FastChat's compute_agreement.py: each pair of votes (or vote and verdict) on the same question, turn and pair of
-models is one comparison. FastChat's `human` are the experts; `people` here are experts and authors together. Intervals draw whole questions."""
+models is one comparison. FastChat's `human` are the experts; `people` here are experts and authors together. Intervals let whole questions count."""
 import json
 import random
 from collections import defaultdict
@@ -167,7 +167,7 @@ def main():
     models = sorted({m for k in people for m in k[2:]})
     figures = {"agreement": agreements(human, gpt4, options.resamples)}
     for a in figures["agreement"]:
-        print(f"{a['who']:20} turn {a['turn']} ties {a['ties']!s:5} {a['raw']['value']:.3f} of {a['n']}, kappa {a['kappa']['value']:.3f} ({a['kappa']['low']:.2f} to {a['kappa']['high']:.2f})")
+        print(f"{a['who']:20} turn {a['turn']} ties {a['ties']!s:5} {a['raw']['value']:.3f} of {a['n']}, kappa {a['kappa']['value']:.3f} " + (f"({a['kappa']['low']:.2f} to {a['kappa']['high']:.2f})" if a["kappa"]["low"] is not None else "(no interval)"))
     judge, votes, items = with_people(gpt4, people, ("tie",))
     figures["by_category"] = agreement_by(judge, votes, [CATEGORIES[(k[0] - 81) // 10] for k in items], options.resamples, groups=[k[0] for k in items], mirror=True)
     figures["by_turn"] = agreement_by(judge, votes, [f"turn {k[1]}" for k in items], options.resamples, groups=[k[0] for k in items], mirror=True)
@@ -179,7 +179,7 @@ def main():
                 "ppi": corrected(models, people, gpt4, options.repeats), "verdicts": verdicts(people, gpt4), "transfer": transferred(people, gpt4, models, 100, options.repeats)}
     print(json.dumps(rounded({k: v for k, v in figures.items() if k != "agreement"}), indent=1))
     if options.save:
-        save("calibration", "agreement, rankings and corrected win rates of GPT-4 and people on MT-Bench; 95 % intervals draw whole questions", rounded(figures))
+        save("calibration", "agreement, rankings and corrected win rates of GPT-4 and people on MT-Bench; 95 % intervals let whole questions count", rounded(figures))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from .intervals import rate
+from .intervals import rate, summarise_metric
 from .reading import UserError
 
 # %% ../nbs/09b_calibration.ipynb #9344f1bd
@@ -44,11 +44,11 @@ def _tables(pairs: Sequence[tuple], groups: Sequence[Hashable], mirror: bool = F
 
 
 def _interval(tables: np.ndarray, statistic: Callable[[np.ndarray], float], resamples: int, seed: int) -> dict:
-    "A statistic of the sum of tables, with a 95 % interval from drawing whole tables anew; draws on which it is undefined are counted and left out."
+    "A statistic of the sum of tables, with a 95 % interval from drawing whole tables anew; draws on which it is undefined are counted and left out. No interval (None) where all draws are alike: no spread to learn from."
     rng, groups, value = np.random.default_rng(seed), len(tables), float(statistic(tables.sum(0)))
     draws = [statistic(np.tensordot(rng.multinomial(groups, np.full(groups, 1 / groups)), tables, 1)) for _ in range(resamples if groups > 1 else 0)]
     kept = [d for d in draws if not np.isnan(d)]
-    low, high = np.percentile(kept, [2.5, 97.5]).tolist() if kept else (None, None)
+    low, high = np.percentile(kept, [2.5, 97.5]).tolist() if kept and max(kept) - min(kept) > 1e-12 else (None, None)
     return {"value": None if np.isnan(value) else value, "low": low, "high": high, "undefined": len(draws) - len(kept)}
 
 # %% ../nbs/09b_calibration.ipynb #7a3618c4
@@ -86,16 +86,17 @@ def judge_agreement(judge: Sequence[str | None], people: Sequence[str | None], r
 
     Verdicts that are None and labels that are None or `skip` are left out and counted. `base_rate` is the share of the people's most
     frequent label, `by_chance` the agreement that chance explains. `groups` names what belongs together (the question of each item):
-    intervals then draw whole groups (low and high are None for a single one). `mirror` counts each item in both orders of the two answers, for which of them is called `first` has
+    the interval of `raw` then comes from `summarise_metric`, which knows clusters, and that of kappa from drawing whole groups. low and high
+    are None for a single group, and for kappa where all draws are alike (perfect agreement, say: no spread to learn from). `mirror` counts each item in both orders of the two answers, for which of them is called `first` has
     no meaning. Kappa is None where it is undefined, `note` says why; `undefined` counts the resamples on which it was. Raises UserError
     for lists of unequal length and where nothing can be compared."""
     pairs, at, left_out = _comparable(judge, people, groups)
     tables, _ = _tables(pairs, at, mirror)
     total, n = tables.sum(0), len(pairs)
-    raw = rate(sum(a == b for a, b in pairs), n) if groups is None else {k: v for k, v in _interval(tables, _raw, resamples, seed).items() if k != "undefined"} | {"n": n}
+    raw = summarise_metric([a == b for a, b in pairs], None if groups is None else _places(at))
     kappa = _interval(tables, _kappa, resamples, seed) | {"n": n}
     note = None if kappa["value"] is not None else f"kappa is undefined: judge and people gave all {n} items the label {pairs[0][0]!r}"
-    return {"raw": raw, "kappa": kappa, "base_rate": float(total.sum(0).max() / n), "by_chance": float(_by_chance(total)), **left_out, "note": note}
+    return {"raw": {k: raw[k] for k in ("value", "low", "high", "n")}, "kappa": kappa, "base_rate": float(total.sum(0).max() / n), "by_chance": float(_by_chance(total)), **left_out, "note": note}
 
 # %% ../nbs/09b_calibration.ipynb #15676917
 def agreement_by(judge: Sequence[str | None], people: Sequence[str | None], strata: Sequence[Hashable], resamples: int = 1000, seed: int = 0, *,
@@ -139,7 +140,7 @@ def people_agreement(votes: Sequence[Sequence[str]], drop: Sequence[str] = (), r
 
     `raw` and `kappa` count every pair of labels on an item as one comparison, as FastChat does; `alpha` is Krippendorff's, for categories
     without order. `drop` leaves out labels (ties). Items with fewer than two labels are left out and counted (`too_few`). `groups` and
-    `mirror` as in `judge_agreement`. Raises UserError where no item has two labels."""
+    `mirror` as in `judge_agreement`; alpha then counts every item twice, as `label_agreement` and `votes.pair_alpha` do. Raises UserError where no item has two labels."""
     if groups is not None and len(groups) != len(votes):
         raise UserError(f"{len(groups)} groups for {len(votes)} items: name the group of each item")
     kept = [[c for c in v if c not in (None, "skip", *drop)] for v in votes]
@@ -148,7 +149,7 @@ def people_agreement(votes: Sequence[Sequence[str]], drop: Sequence[str] = (), r
         raise UserError(f"none of {len(votes)} items has two labels: agreement needs two people who saw the same item")
     tables, sizes = _item_tables([kept[i] for i in at], mirror)
     where = _places(at if groups is None else [groups[i] for i in at])
-    as_pairs, coincidences = _summed(tables / 2, where), _summed(tables / (sizes - 1)[:, None, None], where)
+    as_pairs, coincidences = _summed(tables / 2, where), _summed((2 if mirror else 1) * tables / (sizes - 1)[:, None, None], where)
     found = {name: _interval(t, f, resamples, seed) for name, t, f in (("raw", as_pairs, _raw), ("kappa", as_pairs, _kappa), ("alpha", coincidences, _alpha))}
     found = {name: x | {"n": len(at) if name == "alpha" else int((sizes * (sizes - 1)).sum() // 2)} for name, x in found.items()}
     return found | {"by_chance": float(_by_chance(as_pairs.sum(0))), "items": len(at), "pairs": found["raw"]["n"], "too_few": len(votes) - len(at)}
@@ -303,9 +304,13 @@ def rank_players(games: Sequence[tuple[str, str, str]], groups: Sequence[Hashabl
 # %% ../nbs/09b_calibration.ipynb #fecc541f
 def _scores(**columns: Sequence[float]) -> list[np.ndarray]:
     "Columns as arrays of finite numbers."
-    arrays = [np.asarray(c, float) for c in columns.values()]
-    for name, a in zip(columns, arrays):
-        if a.ndim != 1 or not np.isfinite(a).all():
+    arrays = []
+    for name, column in columns.items():
+        try:
+            arrays.append(np.asarray(column, float))
+        except (TypeError, ValueError):
+            arrays.append(np.array(np.nan))              # texts, say
+        if arrays[-1].ndim != 1 or not np.isfinite(arrays[-1]).all():
             raise UserError(f"{name} must be a list of numbers; leave out items without a score (None, nan), and report how many")
     return arrays
 
@@ -357,7 +362,7 @@ def corrected_rate(judge_unlabelled: Sequence[float], judge_labelled: Sequence[f
     """People's rate from a judge's verdicts of 0 or 1, corrected by its sensitivity and specificity: `{"value", "low", "high", "n", "n_judge", "sensitivity", "specificity", "judge_only", "fits"}`.
 
     Labelled items may come from elsewhere, with another rate, as long as the judge errs there in the same way. 95 % interval from the
-    normal approximation, cut off at 0 and 1; `fits` is False where nothing of it lies between them: then the judge does not err alike. Raises UserError for other values, where people
+    normal approximation, with one right and one wrong verdict added on each side in the variance, cut off at 0 and 1; `fits` is False where nothing of it lies between them: then the judge does not err alike. Raises UserError for other values, where people
     gave only one of the two labels, and for a judge that is no better than a coin (sensitivity + specificity not above 1). (Rogan and Gladen, 1978)"""
     many, f, y = _scores(judge_unlabelled=judge_unlabelled, judge_labelled=judge_labelled, people_labelled=people_labelled)
     if len(f) != len(y) or not len(many) or not np.isin(np.concatenate([many, f, y]), (0, 1)).all():
@@ -371,7 +376,8 @@ def corrected_rate(judge_unlabelled: Sequence[float], judge_labelled: Sequence[f
         raise UserError(f"sensitivity {sensitivity:.2f} and specificity {specificity:.2f}: this judge is no better than a coin, and nothing can be concluded from its verdicts")
     raw = (p + specificity - 1) / power
     value = min(1.0, max(0.0, raw))
-    variance = (p * (1 - p) / len(many) + value ** 2 * sensitivity * (1 - sensitivity) / yes + (1 - value) ** 2 * specificity * (1 - specificity) / no) / power ** 2
+    se, sp = (f[y == 1].sum() + 1) / (yes + 2), ((1 - f)[y == 0].sum() + 1) / (no + 2)      # no error among few is no proof that there are none
+    variance = (p * (1 - p) / len(many) + value ** 2 * se * (1 - se) / (yes + 2) + (1 - value) ** 2 * sp * (1 - sp) / (no + 2)) / power ** 2
     half = 1.959963984540054 * variance ** 0.5
     low, high = raw - half, raw + half
     return {"value": value, "low": min(1.0, max(0.0, low)), "high": min(1.0, max(0.0, high)), "n": len(y), "n_judge": len(many), "sensitivity": sensitivity,

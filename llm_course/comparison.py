@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'DOWNLOADS', 'load_lm', 'Recipe', 'find_suites', 'how_to_get', 'download', 'leaked_items', 'run_all',
-           'compared', 'comparison_text', 'comparison_page', 'graders_of', 'evaluate_models']
+           'adjusted', 'compared', 'comparison_text', 'comparison_page', 'graders_of', 'evaluate_models']
 
 # %% ../nbs/09c_comparison.ipynb #c0000004
 import html
@@ -26,7 +26,7 @@ from .intervals import compare, holm, summarise_metric
 from .judge import judge_of, mt_bench_suite
 from .lm import LM, ModelLM, TransformersLM
 from .reading import UserError, new_file, read_rows, write_json, write_jsonl
-from .report import STYLE, html_table, show_value
+from .report import STYLE, html_table, show_p, show_value
 from .sandbox import humaneval_suite
 from .suites import Grader, Suite, changes, limited, run_suite, shipped_suites, task_suite
 
@@ -211,9 +211,18 @@ def run_all(models: Sequence[LM], suites: Sequence[Suite], folder: str | Path | 
     return results, skipped
 
 
+def adjusted(tests: Sequence[dict]) -> None:
+    "Add `p_adjusted` (Holm) to the results of `compare` that stand in one table; a verdict that does not survive it says so."
+    tested = [t for t in tests if t["p"] is not None]
+    for test, p in zip(tested, holm([t["p"] for t in tested])):
+        test["p_adjusted"] = p
+        if p >= 0.05 and test["verdict"].endswith("is better"):
+            test["verdict"] += f" if it were the only test, but not among {len(tested)}"
+
+
 def compared(results: dict[str, dict[str, dict]], suites: Sequence[Suite], leaks: dict[str, dict] | None = None) -> list[dict]:
     """One row for each suite and model: `metric`, `value` with interval, `clean` (the same without leaked items), `difference` from the first
-    model of the suite by a paired test, with `p` adjusted for the number of tests (Holm), and what is `missing`, `unanswered` and `cut`."""
+    model of the suite by a paired test, `adjusted` for the number of tests, and what is `missing`, `unanswered` and `cut`."""
     rows = []
     for suite in suites:
         by_id, first, leader = {i["id"]: i for i in suite.items}, None, ""
@@ -230,9 +239,7 @@ def compared(results: dict[str, dict[str, dict]], suites: Sequence[Suite], leaks
                 groups = [by_id[k][suite.group] for k in both] if suite.group else None
                 row["difference"] = compare([scores[k] for k in both], [first[k] for k in both], groups, (model, leader))
             rows.append(row)
-    tested = [r for r in rows if r.get("difference", {}).get("p") is not None]
-    for row, p in zip(tested, holm([r["difference"]["p"] for r in tested])):
-        row["p"] = p
+    adjusted([r["difference"] for r in rows if "difference" in r])
     return rows
 
 # %% ../nbs/09c_comparison.ipynb #c0000016
@@ -254,7 +261,7 @@ def _remarks(row: dict) -> str:
     "What must be said beside a figure."
     said, d = [], row.get("difference")
     if d and d["difference"] is not None:
-        said.append(f"{d['difference']:+.3f}: {d['verdict']}" + (f" (p = {row['p']:.2g})" if row.get("p") is not None else ""))
+        said.append(f"{d['difference']:+.3f}: {d['verdict']}" + (f" (p {'' if d['p_adjusted'] < 1e-6 else '= '}{show_p(d['p_adjusted'])})" if "p_adjusted" in d else ""))
     said += [f"{row[k]} {k}" for k in ("unanswered", "cut") if row[k]]
     if (row["value"] or {}).get("missing"):
         said.append(f"{row['value']['missing']} not graded")

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import cache
 from inspect import signature
 from pathlib import Path
 
@@ -258,13 +259,19 @@ def follows_loosely(answer: str, instruction: str, kwargs: dict) -> bool:
     return any(follows(text, instruction, kwargs) for text in loose_variants(answer))
 
 # %% ../nbs/09a_instructions.ipynb #0ca60e83
+@cache
+def _languages() -> frozenset[str]:
+    "The codes that the language detector knows: it gives each a probability, whatever the text."
+    return frozenset(language_probabilities("water"))
+
+
 FITTING: dict[object, tuple[Callable[[object], bool], str]] = {
     int: (lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
     str: (lambda v: isinstance(v, str) and v.strip() != "", "a text that is not blank"),
     list[str]: (lambda v: isinstance(v, list) and v and all(isinstance(w, str) and w.strip() for w in v), "a list of texts that are not blank, at least one"),
     "relation": (lambda v: v in RELATIONS, " or ".join(map(repr, RELATIONS))),
     "letter": (lambda v: isinstance(v, str) and len(v) == 1 and not v.isspace(), "one character"),
-    "language": (lambda v: isinstance(v, str) and re.fullmatch("[a-z]{2,3}", v), "a code of ISO 639, such as 'de'")}
+    "language": (lambda v: isinstance(v, str) and v in _languages(), "a code of ISO 639 that the language detector knows, such as 'de'")}
 
 
 def misfit(instruction: object, kwargs: object) -> str:

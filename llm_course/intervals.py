@@ -11,6 +11,7 @@ __all__ = ['rate', 't_tail', 't_quantile', 't_interval', 'mean_interval', 'clust
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from numbers import Number
 from statistics import NormalDist
 
 import numpy as np
@@ -21,7 +22,10 @@ from .reading import UserError
 
 # %% ../nbs/09_intervals.ipynb #7e4e79c2
 def rate(successes: float, n: int) -> dict:
-    "A rate as the report has it: `{\"value\", \"low\", \"high\", \"n\"}`, Wilson's 95 % interval; value None for n = 0."
+    "A rate as the report has it: `{\"value\", \"low\", \"high\", \"n\"}`, Wilson's 95 % interval; value None for n = 0. Halves (ties) may be counted. Raises UserError unless the count is from 0 to n."
+    if not -1e-9 <= successes <= n * (1 + 1e-9):         # sums of halves and the like may stray by a rounding error
+        raise UserError(f"{successes} successes in {n} trials: a rate needs a count from 0 to n")
+    successes = min(max(successes, 0), n)
     low, high = wilson(successes, n)
     return {"value": successes / n if n else None, "low": low, "high": high, "n": n}
 
@@ -58,9 +62,23 @@ def t_quantile(probability: float, df: float) -> float:
     return t
 
 # %% ../nbs/09_intervals.ipynb #1a09c022
+def _numbers(values: Sequence[float], whose: str = "") -> np.ndarray:
+    "Scores as an array of finite numbers. Raises UserError naming the first item that is none."
+    try:
+        x = np.asarray([math.nan if isinstance(v, (str, bytes)) else v for v in values], float)
+    except (TypeError, ValueError, RuntimeError):
+        x = None
+    if x is not None and x.ndim == 1 and np.isfinite(x).all():
+        return x
+    for i, v in enumerate(values):
+        if isinstance(v, (str, bytes)) or np.ndim(v) or v is None or not isinstance(v, Number) and not hasattr(v, "item") or not math.isfinite(v):
+            raise UserError(f"item {i} (counted from 0){whose}: {v!r:.60} is no finite number. Leave it out and say how many, or take summarise_metric or compare, which count what is missing")
+    return np.array([float(v) for v in values])
+
+
 def t_interval(values: Sequence[float]) -> dict:
-    "A mean with Student's 95 % interval and the standard error `se`, as `{\"value\", \"low\", \"high\", \"n\", \"se\"}`; no interval (None) for fewer than two values."
-    x = np.asarray(list(values), float)
+    "A mean with Student's 95 % interval and the standard error `se`, as `{\"value\", \"low\", \"high\", \"n\", \"se\"}`; no interval (None) for fewer than two values. Raises UserError for what is no number."
+    x = _numbers(values)
     n, mean = len(x), float(x.mean()) if len(x) else None
     if n < 2:
         return {"value": mean, "low": None, "high": None, "n": n, "se": None}
@@ -70,8 +88,8 @@ def t_interval(values: Sequence[float]) -> dict:
 
 # %% ../nbs/09_intervals.ipynb #1a09c027
 def mean_interval(values: Sequence[float], resamples: int = 1000, seed: int = 0) -> dict:
-    "A mean with its 95 % percentile bootstrap interval, in the shape of `rate`."
-    values, n = torch.as_tensor(list(values), dtype=torch.float64), len(values)
+    "A mean with its 95 % percentile bootstrap interval, in the shape of `rate`. Raises UserError for what is no number, naming the item."
+    values, n = torch.from_numpy(_numbers(values)), len(values)
     if n == 0:
         return {"value": None, "low": None, "high": None, "n": 0}
     generator, rows = torch.Generator().manual_seed(seed), max(1, 2**21 // n)     # so many resamples at a time, for memory's sake
@@ -147,9 +165,9 @@ def clustered_interval(values: Sequence, groups: Sequence[Hashable] | None = Non
 
 # %% ../nbs/09_intervals.ipynb #1a09c040
 def _effective(n: int, independent: float, clustered: float, clusters: int) -> float:
-    "How many independent scores these are worth: at most `n`; one a cluster where the scores show no spread."
+    "How many independent scores these are worth: at most `n`; one a cluster where the means of the clusters show no spread."
     if clusters == n or clustered <= independent:
-        return clusters if clustered == 0 and clusters < n else n
+        return clusters if clustered < 1e-9 and clusters < n else n      # of 0, rounding leaves a trace
     return n * (independent / clustered) ** 2
 
 
@@ -158,8 +176,8 @@ def summarise_metric(values: Sequence, groups: Sequence[Hashable] | None = None)
 
     `values` and `groups` as in `clustered_interval`. Scores of 0 and 1 only: Wilson's interval; other scores: Student's t; where several
     scores share an item or group, both with clusters taken into account. `n` counts scores, `missing` those that are None and in no other
-    figure. `low` and `high` are None where nothing can be said: no score, a single one that is neither 0 nor 1, a single cluster.
-    Raises UserError for what is no score, naming the item."""
+    figure. `low` and `high` are None where nothing can be said: no score, a single one that is neither 0 nor 1, a single cluster, or
+    scores other than 0 and 1 without any spread between items (or groups). Raises UserError for what is no score, naming the item."""
     scores, labels, missing = _observations(values, groups)
     independent, se, clusters = _errors(scores, labels)
     n, binary = len(scores), bool(np.isin(scores, (0, 1)).all())
@@ -170,6 +188,8 @@ def summarise_metric(values: Sequence, groups: Sequence[Hashable] | None = None)
     if binary:
         size, z = _effective(n, independent, se, clusters), t_quantile(0.975, clusters - 1) if together else 1.959964
         low, high = wilson(found["value"] * size, size, z)
+    elif se <= 1e-12 * abs(scores).max():
+        return found | {"method": "none: no spread"}
     else:
         half = t_quantile(0.975, clusters - 1) * se
         low, high = found["value"] - half, found["value"] + half
@@ -182,22 +202,22 @@ def _same_items(a: Sequence, b: Sequence) -> None:
 
 
 def win_rate(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict:
-    "Share of items on which `a` scores higher than `b`, ties as half, with a bootstrap interval. Raises UserError unless both score the same items."
+    "Share of items on which `a` scores higher than `b`, ties as half, with a bootstrap interval. Raises UserError for what is no number and unless both score the same items."
     _same_items(a, b)
-    return mean_interval([1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b)], seed=seed)
+    return mean_interval((np.sign(_numbers(a, " of a") - _numbers(b, " of b")) + 1) / 2, seed=seed)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = 1000) -> dict:
-    "Mean of `a - b` over the same items, with a bootstrap interval: A is better where it lies above 0. Raises UserError unless both score the same items."
+    "Mean of `a - b` over the same items, with a bootstrap interval: A is better where it lies above 0. Raises UserError for what is no number and unless both score the same items."
     _same_items(a, b)
-    return mean_interval([x - y for x, y in zip(a, b)], resamples, seed)
+    return mean_interval(_numbers(a, " of a") - _numbers(b, " of b"), resamples, seed)
 
 # %% ../nbs/09_intervals.ipynb #1a09c053
 def unpaired_difference(a: Sequence[float], b: Sequence[float]) -> dict:
     """Difference of two means over *different* items, with Welch's 95 % interval: `{"value", "low", "high", "p", "n_a", "n_b"}`.
 
-    For the same items use `compare`. Raises UserError for fewer than two scores on either side, or no spread on both."""
-    x, y = t_interval(a), t_interval(b)
+    For the same items use `compare`. Raises UserError for what is no number, fewer than two scores on either side, or no spread on both."""
+    x, y = t_interval(_numbers(a, " of a")), t_interval(_numbers(b, " of b"))
     if x["n"] < 2 or y["n"] < 2 or x["se"] == y["se"] == 0:
         raise UserError(f"{x['n']} and {y['n']} scores, standard errors {x['se']} and {y['se']}: give at least two different scores a side")
     difference, se = x["value"] - y["value"], math.hypot(x["se"], y["se"])

@@ -347,8 +347,12 @@ def _in_terminal(task: dict, step: dict, place: str) -> str:
 
 def label_terminal(work: Labelling, annotator: str, ask: Callable[[str], str] = input) -> int:
     "Ask a person in a terminal until all is labelled, they say q, or the input ends; returns how many of their items are labelled. `ask` shows a text and returns what was typed."
-    keys, begin = [], time.monotonic()
+    keys, token, begin = [], None, time.monotonic()
     while task := (state := work.state(annotator))["task"]:
+        if task["token"] != token:                       # keys belong to one item, which may have been labelled in another window meanwhile
+            if keys:
+                print("this item is labelled already, perhaps in another window; here is the next one")
+            keys, token, begin = [], task["token"], time.monotonic()
         steps = task["steps"]
         step = steps[step_after(steps, keys)]
         try:
@@ -369,7 +373,7 @@ def label_terminal(work: Labelling, annotator: str, ask: Callable[[str], str] = 
                     work.say(annotator, task["token"], keys, time.monotonic() - begin)
                 except Stale as e:
                     print(e)
-                keys, begin = [], time.monotonic()
+                keys = []
     return state["done"]
 
 

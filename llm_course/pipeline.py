@@ -36,10 +36,10 @@ from .engines import Engine, run_tasks
 from .corpus import CORPUS_STAGES, check_sources, documents_of, list_inputs, sorted_rows, write_plan
 from .evaluate import accuracy_by_kind, ask, ask_tasks, gold_rewards, sample_stories, sequence_kl, story_quality
 from .benchmarks import blimp_suite, minimal_pairs
-from .comparison import find_suites, leaked_items
+from .comparison import adjusted, find_suites, leaked_items
 from .lm import ModelLM, perplexity_matrix
 from .suites import Suite, run_suite
-from .intervals import compare, holm, mean_interval, rate, win_rate
+from .intervals import compare, mean_interval, rate, win_rate
 from .reading import DataError, UserError, data_files, new_folder, read_rows, write_json, write_jsonl
 from .generate import Sampling
 from .hub import load_model, save_model
@@ -684,7 +684,7 @@ def run_grpo(run: Run, out: Path) -> dict:
 
 # %% ../nbs/10_pipeline.ipynb #0ea10002
 def paired_stages(graded: dict[str, list[dict]], rewards: dict[str, list[float]]) -> list[dict]:
-    """Each model against the one that it started from, on the same items: rows of `compare` with `model`, `against`, `what`, and `p_holm`.
+    """Each model against the one that it started from, on the same items: rows of `compare` with `model`, `against`, `what`, `adjusted` for their number.
 
     `graded`: for each model its answers with `kind` and `right`; `rewards`: its gold rewards."""
     rows = []
@@ -694,9 +694,7 @@ def paired_stages(graded: dict[str, list[dict]], rewards: dict[str, list[float]]
             for kind in dict.fromkeys(g["kind"] for g in graded[model]):
                 pairs[f"accuracy, {kind}"] = tuple([float(g["right"]) for g in graded[m] if g["kind"] == kind] for m in (model, before))
             rows += [{"model": model, "against": before, "what": what} | compare(*both, names=(model, before)) for what, both in pairs.items()]
-    tested = [r for r in rows if r["p"] is not None]
-    for row, p in zip(tested, holm([r["p"] for r in tested])):
-        row["p_holm"] = p
+    adjusted(rows)
     return rows
 
 # %% ../nbs/10_pipeline.ipynb #0ea10005

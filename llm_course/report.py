@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GREY', 'COLOURS', 'STYLE', 'show_value', 'table_rows', 'summary', 'new_axes', 'svg', 'funnel_figure', 'loss_figure',
-           'pairs_figure', 'ppo_figure', 'html_table', 'answers_table', 'paired_table', 'worse_table', 'further_tables',
-           'write_report']
+           'pairs_figure', 'ppo_figure', 'html_table', 'answers_table', 'show_p', 'paired_table', 'worse_table',
+           'further_tables', 'write_report']
 
 # %% ../nbs/09c_report.ipynb #27009cf4
 import html
@@ -22,7 +22,8 @@ from .lm import matrix_figure
 def show_value(x: object) -> str:
     "A figure as the table shows it: a number, or a value with its 95 % interval and n."
     if isinstance(x, dict) and "low" in x:
-        return "–" if x["value"] is None else f"{x['value']:.3g} ({x['low']:.3g} to {x['high']:.3g}, n = {x['n']})"
+        interval = "no interval" if x["low"] is None else f"{x['low']:.3g} to {x['high']:.3g}"
+        return "–" if x["value"] is None else f"{x['value']:.3g} ({interval}, n = {x['n']})"
     if isinstance(x, float):
         return f"{x:.4g}" if abs(x) < 1000 else f"{x:,.0f}"
     return f"{x:,}" if isinstance(x, int) else str(x)
@@ -230,13 +231,18 @@ def _figures(folder: Path) -> str:
     return "".join(parts)
 
 # %% ../nbs/09c_report.ipynb #0c900032
+def show_p(p: float) -> str:
+    "A p value as a table shows it."
+    return "< 1e-6" if p < 1e-6 else f"{p:.2g}"
+
+
 def paired_table(m: dict) -> str:
     "Each model against the one that it started from, on the same items; empty for a run that has not been evaluated."
     rows, classes = [], {}
     for r in m.get("paired") or ():
-        p = r.get("p_holm")
+        p = r.get("p_adjusted")
         rows.append([r["model"], r["what"], "–" if r["difference"] is None else f"{r['difference']:+.3f}" + ("" if r["low"] is None else f" ({r['low']:+.3f} to {r['high']:+.3f})"),
-                     "" if p is None else f"{p:.2g}", r["verdict"]])
+                     "" if p is None else show_p(p), r["verdict"]])
         if p is not None and p < 0.05:
             classes[len(rows) - 1, 2] = "right" if r["difference"] > 0 else "wrong"
     head = "<h2>What each stage changed</h2><p class=small>Differences from the model that it started from (base for sft, sft for the others) on the same items; p is adjusted for the number of tests (Holm), coloured where it is below 0.05.</p>"

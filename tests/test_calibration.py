@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from llm_course.calibration import (agreement_by, bradley_terry, calibrate_threshold, confusion, corrected_rate, elo, judge_agreement, one_more_person,
                                     people_agreement, ppi_mean, rank_players, verdict_values, win_matrix)
 from llm_course.reading import UserError
-from llm_course.votes import cohen_kappa, krippendorff_alpha
+from llm_course.labelling import label_agreement
+from llm_course.votes import cohen_kappa, krippendorff_alpha, pair_alpha
 from llm_course.world import data_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,6 +123,8 @@ def test_games(games):
     assert wins.sum() == len(games) and len(players) == len(wins)
     assert abs(sum(elo(games).values()) - 1000 * len(players)) < 1e-6
     r = rank_players(games, prior=1.0, resamples=10)
+    values = [p["value"] for p in r["players"].values()]
+    assert values == sorted(values, reverse=True) and all(1 <= p["rank"][0] <= p["rank"][1] <= len(players) for p in r["players"].values())
     assert r["unsolved"] == 0 and all(p["low"] - 1e-9 <= p["high"] for p in r["players"].values())
     assert abs(np.mean([p["value"] for p in r["players"].values()]) - 1000) < 1e-6
 
@@ -185,9 +188,45 @@ def test_the_correction_of_rates_spreads_as_it_says():
     assert abs(1.96 * np.std(found) / np.mean(half) - 1) < 0.12
 
 
+@pytest.mark.parametrize("sensitivity, specificity, base", [(0.98, 0.95, 0.4), (0.98, 0.95, 0.1), (0.85, 0.75, 0.4)])
+def test_the_correction_of_rates_holds_the_truth_with_few_labels(sensitivity, specificity, base):
+    "A good judge makes no error among forty labels in many draws; the interval must not take this for a proof."
+    rng, held, rounds = np.random.default_rng(2), 0, 1500
+    verdict = lambda y: np.where(rng.random(len(y)) < np.where(y == 1, sensitivity, specificity), y, 1 - y)
+    for _ in range(rounds):
+        y = np.repeat([1, 0], [round(40 * base), 40 - round(40 * base)])
+        r = corrected_rate(verdict((rng.random(2000) < base).astype(int)), verdict(y), y)
+        held += r["low"] <= base <= r["high"]
+    assert held / rounds > 0.94
+    assert corrected_rate([1] * 50, [1, 0], [1, 0])["low"] < 0.5
+
+
+@fuzz
+@given(st.lists(st.lists(MAYBE, min_size=3, max_size=3), min_size=1, max_size=15))
+def test_alpha_in_both_orders_is_the_same_everywhere(votes):
+    "Three functions offer it, for the data that they know: all count every item in both orders."
+    if not any(sum(x is not None for x in v) > 1 for v in votes):
+        return
+    table = [{"id": str(i), "labels": dict(zip("abc", v))} for i, v in enumerate(votes)]
+    alpha = people_agreement(votes, resamples=2, mirror=True)["alpha"]["value"]
+    assert near(alpha, label_agreement(table)["alpha"])
+    if all(x != "tie" for v in votes for x in v):
+        assert near(alpha, pair_alpha([{"votes": [int(x == "first") for x in v if x]} for v in votes if any(v)]))
+
+
+def test_no_interval_without_spread():
+    "Perfect agreement on few questions: kappa has no interval, the share of agreements a cautious one."
+    labels, groups = ["first", "second"] * 6, [i // 4 for i in range(12)]
+    r = judge_agreement(labels, labels, 50, groups=groups)
+    assert (r["raw"]["value"], r["kappa"]["value"], r["kappa"]["low"], r["kappa"]["high"]) == (1, 1, None, None)
+    assert 0 < r["raw"]["low"] < 0.7 and r["raw"]["high"] == 1 and set(r["raw"]) == {"value", "low", "high", "n"}
+    assert people_agreement([[x, x] for x in labels], resamples=50)["raw"]["low"] is None
+    assert one_more_person(["first"] * 5, [["first"] * 3] * 5, resamples=50)["difference"]["low"] is None
+
+
 @pytest.mark.parametrize("bad", [[0.5], ["a"], [None], [math.nan], [2]])
 def test_verdicts_that_are_no_zeros_and_ones(bad):
-    with pytest.raises((UserError, ValueError)):
+    with pytest.raises(UserError, match="0 and 1|list of numbers"):
         corrected_rate(bad, [0, 1], [0, 1])
 
 

@@ -173,6 +173,7 @@ WRONG = [({"instruction_id_list": ["keywords:exists"]}, "nearest one known is 'k
          ({"kwargs": []}, "same length"), ({"kwargs": {}}, "must be lists"), ({"kwargs": ["x"]}, "found 'x'"), ({"prompt": " "}, "not blank"), ({"instruction_id_list": [7]}, "instruction 7 is unknown"),
          ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"a": 0}]}, "takes no arguments; found a"),
          ({"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "zh-cn"}]}, "ISO 639"),
+         ({"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "xx"}]}, "that the language detector knows, such as 'de', not 'xx'"),
          ({"instruction_id_list": ["detectable_format:number_bullet_lists"], "kwargs": [{"num_bullets": -1}]}, "0 or more, not -1"), ({"key": 1}, "a second time")]
 
 

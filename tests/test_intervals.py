@@ -13,6 +13,7 @@ from scipy import stats
 
 from llm_course.intervals import (clustered_interval, compare, detectable_difference, holm, items_needed, mcnemar, mean_interval, paired_difference, rate,
                                   sign_test, summarise_metric, t_interval, t_quantile, t_tail, unpaired_difference, win_rate)
+from llm_course.cleaning import wilson
 from llm_course.reading import UserError, read_rows
 
 KEYS = {"value", "low", "high", "n", "missing", "method"}
@@ -66,7 +67,7 @@ def test_holm_keeps_order_and_bounds():
     for _ in range(50):
         p = rng.random(rng.integers(1, 9)).round(2).tolist()
         adjusted = holm(p)
-        assert all(min(1, x) <= a <= min(1.0, len(p) * x) + 1e-12 or a >= x for x, a in zip(p, adjusted))
+        assert all(x - 1e-12 <= a <= min(1.0, len(p) * x) + 1e-12 for x, a in zip(p, adjusted))
         assert min(adjusted) == pytest.approx(min(1.0, len(p) * min(p)))
         order = np.argsort(p, kind="stable")
         assert (np.diff(np.array(adjusted)[order]) >= 0).all() and max(adjusted) <= 1
@@ -209,7 +210,12 @@ def test_edges_of_a_summary():
     assert method([1, 0]) == "Wilson" and method([0.5, 1]) == "Student's t" and method([[1, 0], [1, 1]]) == "Wilson, 2 clusters"
     assert method([0.5, 1, 1], ["a", "a", "b"]) == "Student's t, 2 clusters"
     assert [method(v) for v in ([], [None], [0.5], [[0.5, 1]], [[1, 1]])] == ["none: no scores", "none: no scores", "none: one score", "none: one cluster", "none: one cluster"]
-    assert summarise_metric([1])["low"] == rate(1, 1)["low"] and summarise_metric([0.5, 0.5])["low"] == 0.5
+    assert summarise_metric([1])["low"] == rate(1, 1)["low"] and summarise_metric([0.5, 0.5])["low"] is None and method([0.5, 0.5]) == method([[0.25, 0.5]] * 3) == "none: no spread"
+    for rows in ([[1, 1, 0]] * 3, [[1, 0, 0]] * 7, [[1, 1, 1, 0, 0, 1, 0]] * 9):      # equal means, which rounding hides: as many observations as items
+        n, k = len(rows), len(rows) * sum(rows[0]) / len(rows[0])
+        low, high = wilson(k, n, t_quantile(0.975, n - 1))
+        f = summarise_metric(rows)
+        assert (f["low"], f["high"]) == pytest.approx((low, high))
     sure = summarise_metric([1] * 100, [i // 10 for i in range(100)])            # ten clusters without an error are no more than ten observations
     assert sure["high"] == 1 and sure["low"] < rate(10, 10)["low"]
 
@@ -220,6 +226,22 @@ def test_p_values_of_clusters_and_of_no_spread():
     assert compare(a, b)["p"] == pytest.approx(t_tail(known["value"] / known["se"], 4)) and known["value"] == pytest.approx(0.1)
     few, many = compare([0.3, 0.3], [0.2, 0.2]), compare([0.3] * 10, [0.2] * 10)      # no spread: each item is one vote, no more
     assert (few["p"], few["verdict"][:11]) == (0.5, "cannot tell") and (many["p"], many["verdict"]) == (2 / 1024, "A is better")
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), "0.5", [1, 0], {"score": 1}, torch.tensor([1.0, 2.0]), np.array([1.0])], ids=repr)
+@pytest.mark.parametrize("call", [t_interval, mean_interval, lambda v: paired_difference(v, [1, 2, 3]), lambda v: paired_difference([1, 2, 3], v), lambda v: win_rate(v, [1, 2, 3]),
+                                  lambda v: unpaired_difference(v, [1, 2, 3]), lambda v: unpaired_difference([1, 2, 3], v)])
+def test_what_is_no_number_is_refused_by_item(call, bad):
+    with pytest.raises(UserError, match="item 1 .*summarise_metric"):
+        call([1, bad, 0])
+
+
+def test_a_rate_needs_a_count_from_0_to_n():
+    assert rate(2.5, 5)["value"] == 0.5 and rate(0.1 + 0.2 + 0.7, 1)["high"] == 1
+    assert isinstance(rate(1 + 1e-12, 1)["low"], float) and rate(-1e-12, 3)["value"] == 0
+    for k, n in ((5, 3), (-1, 3), (1, 0), (math.nan, 3)):
+        with pytest.raises(UserError, match="from 0 to n"):
+            rate(k, n)
 
 
 def test_messages_of_the_rest():

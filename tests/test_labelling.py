@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_serve import browser, wait  # noqa: F401  (the fixture)
 
-from llm_course.labelling import LabelFile, Labelling, assign, label_command, labelling_order, make_label_app, read_labels
+from llm_course.labelling import LabelFile, Labelling, assign, label_command, label_terminal, labelling_order, make_label_app, read_labels
 from llm_course.reading import write_jsonl
 from llm_course.serve import listen
 
@@ -189,6 +189,21 @@ def test_the_terminal(tmp_path, monkeypatch, capsys):
     assert "6 of 6 items labelled" in run("s\n" * 9)
     rows = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
     assert [r.get("label", "undo") for r in rows][2:4] == ["undo", "tie"] and len(rows) == 8 and all("seconds" in r for r in rows if "label" in r)
+
+
+def test_keys_of_an_item_labelled_elsewhere_are_dropped(tmp_path, capsys):
+    "Half an answer is given; in another window the same item is labelled. The key must not count for the next item."
+    work = lambda: Labelling(ITEMS, tmp_path / "labels.jsonl", strength=True)
+    other, typed, asked = work(), iter(["1", "3", "q"]), []
+
+    def ask(text):
+        if not asked:
+            other.say("Ada", other.state("Ada")["task"]["token"], ["2", "3"], 1.0)
+        asked.append(text)
+        return next(typed)
+    label_terminal(work(), "Ada", ask)
+    assert len(read_labels(tmp_path / "labels.jsonl")[0]) == 1 and len(asked) == 3
+    assert all("1 of 6" in text or "2 of 6" in text for text in asked[:2]) and "another window" in capsys.readouterr().out
 
 
 # ---- the server

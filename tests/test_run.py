@@ -56,6 +56,12 @@ def test_metrics_have_all_keys(smoke):
             x = m["tasks"]["accuracy"][kind][model]
             assert x.keys() == {"value", "low", "high", "n"} and x["low"] <= x["value"] <= x["high"]
     assert set(m["gold_reward"]) == {"base", "sft", "ppo", "dpo"}
+    assert {(r["model"], r["against"]) for r in m["paired"]} == {("sft", "base"), ("ppo", "sft"), ("dpo", "sft")} and len(m["paired"]) == 21
+    assert all(r["p_adjusted"] >= r["p"] and r["n"] in (15, 30) for r in m["paired"])
+    assert m["contamination"]["tasks"]["leaked"] == 0 and m["contamination"]["tasks"]["items"] == 90 and m["suites_missing"] == {}
+    assert set(m["suites"]["minimal pairs"]) == set(m["matrix"]) == {"base", "sft", "ppo", "dpo"} and set(m["matrix"]["sft"]) == {"village", "docs", "code"}
+    page = (smoke / "report.html").read_text()
+    assert all(f"<h2>{head}</h2>" in page for head in ("What each stage changed", "What got worse, item by item", "Bits per byte, model by source", "Questions in the training text"))
     assert abs(m["pretrain"]["first_loss"] - torch.tensor(float(m["tokenizer"]["vocab_size"])).log().item()) < 0.3
 
 
