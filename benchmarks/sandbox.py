@@ -1,14 +1,16 @@
 """What the sandbox lets through, and what it costs: all attempts to escape and to cheat behind each wall that works here, and HumanEval itself.
 
 On HumanEval (test data) the authors' solutions must pass and empty bodies fail; solutions that were spoiled at random are judged twice, by a judge apart
-and by tests in the program's own process: the verdicts of honest programs must agree."""
+and by tests in the program's own process: the verdicts of honest programs must agree. `--only attempts` runs the attempts and leaves HumanEval's figures as they stand in the record."""
 import ast
+import json
 import random
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from record import arguments, rounded, save, testdata
+from record import RUNS, arguments, rounded, save, testdata
 
 from llm_course.reading import read_rows
 from llm_course.sandbox import CHEATS, ESCAPES, base_program, grade_program, grade_programs, grade_samples, read_humaneval, try_cheat, try_escape, walls
@@ -79,14 +81,19 @@ def _try_spoil(item: dict, rng: random.Random) -> str | None:
         return None
 
 
-if __name__ == "__main__":
-    options, folder = arguments(__doc__, copies=2), testdata() / "eval"
-    figures = {"attempts": list(ESCAPES), "escapes": {w: attempts(w) for w in PLACES}, "cheats": {w: cheats(w) for w in PLACES}}
-    print(figures)
+def humaneval(folder: Path, copies: int) -> dict:
+    "The problems behind each wall, spoiled solutions judged both ways, and the original's example."
     items = read_humaneval(folder / "HumanEval.jsonl.gz")
     example = grade_samples(read_humaneval(folder / "human_eval_example_problem.jsonl"), [r for _, r in read_rows(folder / "human_eval_example_samples.jsonl")])
-    figures["humaneval"] = {"walls": {w: whole(items, w) for w in PLACES}, "spoiled": agreement(items, options.copies),
-                            "example_samples": {"pass@1": example["pass@1"]["value"], "verdicts": [s["passed"] for s in example["samples"]]}}
+    return {"walls": {w: whole(items, w) for w in PLACES}, "spoiled": agreement(items, copies),
+            "example_samples": {"pass@1": example["pass@1"]["value"], "verdicts": [s["passed"] for s in example["samples"]]}}
+
+
+if __name__ == "__main__":
+    options = arguments(__doc__, copies=2, only="")
+    figures = {"attempts": list(ESCAPES), "escapes": {w: attempts(w) for w in PLACES}, "cheats": {w: cheats(w) for w in PLACES}}
+    print(figures)
+    figures["humaneval"] = json.loads((RUNS / "sandbox.json").read_text(encoding="utf-8"))["figures"]["humaneval"] if options.only == "attempts" else humaneval(testdata() / "eval", options.copies)
     print(figures["humaneval"])
     if options.save:
         figures = {k: rounded(v) if k != "humaneval" else v | {"walls": rounded(v["walls"], 1)} for k, v in figures.items()}

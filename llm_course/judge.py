@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['Judge', 'GRADE_PROMPT', 'CHECK_PROMPT', 'PAIR_PROMPT', 'MT_TEMPERATURES', 'MT_REFERENCE', 'MT_TEMPLATES', 'filled',
            'ask_judge', 'rubric_of', 'grade_answers', 'parse_checks', 'criteria_of', 'check_answers', 'LMJudge',
-           'judge_of', 'parse_verdict', 'settle', 'duels', 'compare_answers', 'longest', 'fit_logistic', 'habits',
-           'length_controlled', 'self_preference', 'read_mt_bench', 'answer_two_turns', 'template_name', 'own_template',
-           'read_templates', 'mt_prompt', 'parse_rating', 'judge_mt_bench', 'mt_bench_score', 'mt_bench_suite',
-           'mt_bench_table', 'mt_bench_pairs']
+           'judge_of', 'parse_verdict', 'settle', 'for_first', 'duels', 'compare_answers', 'longest', 'fit_logistic',
+           'habits', 'length_controlled', 'self_preference', 'read_mt_bench', 'answer_two_turns', 'template_name',
+           'own_template', 'read_templates', 'mt_prompt', 'parse_rating', 'judge_mt_bench', 'mt_bench_score',
+           'mt_bench_suite', 'mt_bench_table', 'mt_bench_pairs']
 
 # %% ../nbs/09b_judges.ipynb #fbbfa1f7
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,7 +23,7 @@ import numpy as np
 from .endpoint import AnswerCache, request_of
 from .generate import Sampling
 from .instructions import parse_score
-from .intervals import mean_interval, paired_difference, rate
+from .intervals import clustered_interval, mean_interval, paired_difference, rate
 from .lm import LM
 from .reading import DataError, UserError, read_rows
 from .suites import Suite
@@ -116,7 +118,8 @@ class LMJudge:
 
     def __init__(self, lm: LM, max_new_tokens: int = 512, sampling: Sampling = Sampling(), seed: int = 0, cache: str | Path | None = None):
         self.lm, self.options, self.answers, self.asked = lm, {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}, AnswerCache(cache), 0
-        self.name = lm.name
+        self.name, who = lm.name, getattr(lm, "key", lm.name)
+        self.key = f"{who}, {max_new_tokens} tokens, {sampling}, seed {seed}"      # tells apart what is kept of several judges
 
     def __call__(self, prompt: str) -> str:
         "What the judge says to one prompt."
@@ -127,13 +130,15 @@ class LMJudge:
         return talk, request_of("judge", getattr(self.lm, "key", self.name), talk, o["max_new_tokens"], sampling=o["sampling"], draw=(o["seed"], 0))
 
     def many(self, prompts: Sequence[str | list[dict]]) -> list[str]:
-        "What the judge says to each prompt, in order; equal prompts are asked once."
+        "What the judge says to each prompt, in order; equal prompts are asked once. Kept every 64 prompts: an error loses no more."
         requests = [self._request(p) for p in prompts]
-        new = {r.key: (talk, r) for talk, r in requests if self.answers.get(r.key) is None}
-        said = self.lm.generate([talk for talk, _ in new.values()], **self.options) if new else []
-        self.asked += len(new)
-        for (_, r), text in zip(new.values(), said, strict=True):
-            self.answers.put(r.key, {"text": text}, r.body)
+        new = list({r.key: (talk, r) for talk, r in requests if self.answers.get(r.key) is None}.values())
+        for start in range(0, len(new), 64):
+            some = new[start:start + 64]
+            said = self.lm.generate([talk for talk, _ in some], **self.options)
+            self.asked += len(some)
+            for (_, r), text in zip(some, said, strict=True):
+                self.answers.put(r.key, {"text": text}, r.body)
         return [self.answers.get(r.key)["text"] for _, r in requests]
 
 
@@ -170,16 +175,20 @@ def settle(one: str | None, two: str | None) -> str | None:
     return {"A": "first", "B": "second", "tie": "tie"}[one] if one == swapped else "tie"
 
 
+def for_first(order: tuple[str | None, str | None]) -> float | None:
+    "How often what was shown first wins in both orders of a pair, ties as half: one observation, for the two verdicts hang together."
+    return None if None in order else sum({"A": 0.5, "tie": 0.25, "B": 0.0}[v] for v in order)
+
+
 def duels(orders: Sequence[tuple[str | None, str | None]]) -> dict:
     """What the raw verdicts (`A`, `B`, `tie` or None) of pairs in both orders amount to; see `compare_answers`."""
     verdicts = [settle(one, two) for one, two in orders]
     read = [o for o, v in zip(orders, verdicts) if v]
-    single = [v for o in read for v in o]
     against = sum(o not in (("A", "B"), ("B", "A"), ("tie", "tie")) for o in read)
     worth = {"first": 1.0, "second": 0.0, "tie": 0.5, None: None}
     preferences = [worth[v] for v in verdicts]
     return {"win_rate": mean_interval([p for p in preferences if p is not None]), "verdicts": verdicts, "preferences": preferences, "orders": list(orders),
-            "inconsistent": rate(against, len(read)), "first_place": rate(single.count("A"), len(single)), "always_first": rate(read.count(("A", "A")), len(read)),
+            "inconsistent": rate(against, len(read)), "first_place": mean_interval([for_first(o) for o in read]), "always_first": rate(read.count(("A", "A")), len(read)),
             "always_second": rate(read.count(("B", "B")), len(read)), "parse_failures": verdicts.count(None)}
 
 # %% ../nbs/09b_judges.ipynb #a1b20010
@@ -187,8 +196,8 @@ def compare_answers(items: Sequence[dict], first: Sequence[str], second: Sequenc
     """Judge pairs of answers to items with `prompt` (and `rubric`) in both orders.
 
     Returns `win_rate` of `first`, ties as half; `verdicts` (`first`, `second`, `tie` or None) and the same as `preferences` (1, 0, 0.5, None);
-    `orders`, the raw verdicts; `inconsistent`, the share of the readable pairs where the orders disagree; `first_place`, the share of the readable
-    single verdicts for what was shown first; `always_first` and `always_second`, the shares of pairs where a place won both times;
+    `orders`, the raw verdicts; `inconsistent`, the share of the readable pairs where the orders disagree; `first_place`, how often what was
+    shown first wins, ties as half, one observation a pair; `always_first` and `always_second`, the shares of pairs where a place won both times;
     `parse_failures`, the pairs with a verdict that could not be read; `said`, the judge's words in both orders."""
     if not len(items) == len(first) == len(second):
         raise UserError(f"{len(items)} items but {len(first)} and {len(second)} answers: give two answers an item")
@@ -402,28 +411,40 @@ def mt_bench_suite(questions: str | Path, judge: Judge, references: str | Path |
     """MT-Bench's single grades as a suite, from FastChat's files. `templates`: its judge_prompts.jsonl, for figures comparable with published ones; then grades
     are read as it reads them too. Otherwise the prompts are our own. Raises DataError for files of another form."""
     prompts = read_templates(templates) if templates else MT_TEMPLATES
-    who = f"{getattr(judge, 'name', getattr(judge, '__name__', 'a judge'))}, {'prompts of a file' if templates else 'our prompts'}"
-    items = [i | {"judge": who} for i in read_mt_bench(questions, references)]      # answers are kept with the judge's words: another judge, other items
+    who = next((found for k in ("key", "name", "__name__") if (found := getattr(judge, k, None))), "a judge")
+    settings = {"judge": who, "prompts": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16], "max_new_tokens": max_new_tokens, "seed": seed}
     answer = lambda lm, items: judge_mt_bench(items, answer_two_turns(lm, items, max_new_tokens, seed), judge, prompts)
-    return Suite("mt_bench", items, answer, lambda item, output: mt_bench_score(item, output, first=bool(templates)), "score", by="category",
-                 texts=lambda item: item["turns"], about="Two turns, graded from 1 to 10 by a judge.")
+    return Suite("mt_bench", read_mt_bench(questions, references), answer, lambda item, output: mt_bench_score(item, output, first=bool(templates)), "score", by="category",
+                 texts=lambda item: item["turns"], about="Two turns, graded from 1 to 10 by a judge.", settings=settings)
 
 
 def mt_bench_table(items: Sequence[dict], outputs: Sequence[dict], first: bool = False) -> dict[str, dict]:
-    "Mean grade for `all`, for each turn and for each category, with intervals over questions, and `unreadable`, the number of grades that could not be read."
+    """Mean of the readable grades: `all`, for each turn and for each category, and `unreadable`, the number of grades that could not be read.
+
+    Each grade counts once, as with FastChat; the intervals know that both turns of a question hang together."""
     scores = [mt_bench_score(i, o, first) for i, o in zip(items, outputs, strict=True)]
-    mean = lambda chosen: mean_interval([sum(s["score"]) / len(s["score"]) for s in chosen if s["score"]])
-    turns = {f"turn {t}": mean_interval([s[f"turn_{t}"] for s in scores if s[f"turn_{t}"] is not None]) for t in (1, 2)}
+    mean = lambda chosen, key="score": clustered_interval([s[key] for s in chosen])
+    turns = {f"turn {t}": mean(scores, f"turn_{t}") for t in (1, 2)}
     of = {c: mean([s for i, s in zip(items, scores) if i["category"] == c]) for c in dict.fromkeys(i["category"] for i in items)}
     return {"all": mean(scores), **turns, **of, "unreadable": int(sum(2 * s["unreadable"] for s in scores))}
 
 # %% ../nbs/09b_judges.ipynb #a1b20054
 def mt_bench_pairs(items: Sequence[dict], first: Sequence[dict], second: Sequence[dict], judge: Judge, templates: dict[str, dict] = MT_TEMPLATES) -> dict[str, dict]:
-    "Duels of two models' outputs of `answer_two_turns` in both orders: `turn 1`, `turn 2` and `all`, each as `compare_answers` has it."
+    """Duels of two models' outputs of `answer_two_turns` in both orders: `turn 1`, `turn 2` and `all`, each as `compare_answers` has it.
+
+    In `all`, `win_rate` and `first_place` have one observation a question, the mean of its readable turns; the other rates count turns."""
     shown = [(n, turn, o) for turn in (1, 2) for n, _ in enumerate(items) for o in (0, 1)]
     pair = lambda n, o: [first[n]["turns"], second[n]["turns"]][::-1 if o else 1]
     if not len(items) == len(first) == len(second):
         raise UserError(f"{len(items)} items but {len(first)} and {len(second)} outputs: give two outputs an item")
     said = [parse_verdict(text) for text in ask_judge(judge, [mt_prompt(items[n], pair(n, o), turn, templates) for n, turn, o in shown])]
     orders = list(zip(said[::2], said[1::2]))
-    return {"turn 1": duels(orders[:len(items)]), "turn 2": duels(orders[len(items):]), "all": duels(orders)}
+    one, two, both = duels(orders[:len(items)]), duels(orders[len(items):]), duels(orders)
+    return {"turn 1": one, "turn 2": two, "all": both | {key: _over_questions(values) for key, values in (("win_rate", both["preferences"]), ("first_place", [for_first(o) for o in orders]))}}
+
+
+def _over_questions(values: Sequence[float | None]) -> dict:
+    "Mean over questions of the mean of both turns: `values` holds all first turns, then all second ones, None where unreadable."
+    half = len(values) // 2
+    known = [[v for v in pair if v is not None] for pair in zip(values[:half], values[half:])]
+    return mean_interval([sum(k) / len(k) for k in known if k])

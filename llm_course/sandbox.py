@@ -53,6 +53,12 @@ def to_plain(x: object) -> object:
         return [to_plain(v) for v in x]
     if isinstance(x, dict):
         return {"dict": [[to_plain(k), to_plain(v)] for k, v in x.items()]}
+    if isinstance(x, range):
+        return {"range": [to_plain(v) for v in (x.start, x.stop, x.step)]}
+    if isinstance(x, getattr(sys.modules.get("fractions"), "Fraction", ())):
+        return {"Fraction": [hex(x.numerator), hex(x.denominator)]}
+    if isinstance(x, getattr(sys.modules.get("decimal"), "Decimal", ())):
+        return {"Decimal": str(x)}
     for kind in (tuple, set, frozenset):
         if isinstance(x, kind):
             return {kind.__name__: [to_plain(v) for v in x]}
@@ -64,7 +70,7 @@ def to_plain(x: object) -> object:
 
 # %% ../nbs/09a_programs.ipynb #16a8a5c7
 def from_plain(x: object) -> object:
-    "The value that `to_plain` wrote, made of built-in types only. Raises ValueError, TypeError or KeyError for what it did not write."
+    "The value that `to_plain` wrote, made of built-in types, Fraction and Decimal only. Raises ValueError, TypeError, LookupError or ArithmeticError for what it did not write."
     if isinstance(x, list):
         return [from_plain(v) for v in x]
     if not isinstance(x, dict):
@@ -73,6 +79,8 @@ def from_plain(x: object) -> object:
     if kind == "dict":
         return {from_plain(k): from_plain(v) for k, v in value}
     makers = {"int": lambda v: int(v, 16), "bytes": bytes.fromhex, "complex": lambda v: complex(*v)}
+    makers |= {"range": lambda v: range(*map(from_plain, v)), "Decimal": lambda v: __import__("decimal").Decimal(v),
+               "Fraction": lambda v: __import__("fractions").Fraction(int(v[0], 16), int(v[1], 16))}      # hex: a text such as 1e999999999 would be computed
     makers |= {t.__name__: lambda v, t=t: t(map(from_plain, v)) for t in (tuple, set, frozenset)}
     return makers[kind](value)
 
@@ -119,7 +127,7 @@ def _be_program(inbox: int, outbox: int) -> None:
                 args = from_plain(ask["args"])
                 value = to_plain(space.__dict__[ask["call"]](*args, **from_plain(ask["kwargs"])))
                 after = to_plain(args)
-                reply = {"value": value, "args": after if after != ask["args"] else None}
+                reply = {"value": value, "args": after if json.dumps(after) != json.dumps(ask["args"]) else None}      # as texts: True is 1, and yet another value
         except BaseException as e:
             reply = {"raised": [t.__name__ for t in type(e).__mro__], "text": str(e)[:300]}
         _send(outbox, reply)
@@ -128,7 +136,7 @@ def _be_program(inbox: int, outbox: int) -> None:
 def _put_back(args: list, after: list) -> None:
     "What the function did to its arguments happens to the tests' own objects, too."
     for mine, changed in zip(args, after):
-        if type(mine) is type(changed) and mine != changed:
+        if type(mine) is type(changed):
             if isinstance(mine, list):
                 mine[:] = changed
             elif isinstance(mine, (dict, set)):
@@ -160,9 +168,9 @@ def _hold_court(task: dict, ask: Callable) -> None:
 
 # %% ../nbs/09a_programs.ipynb #98cd3222
 def _error(*kinds: str, text: str) -> BaseException:
-    "What the program raised, as the nearest of Python's own exceptions; SystemExit for what `except Exception` does not catch."
+    "What the program raised, as the nearest of Python's own exceptions, but none that ends a loop of the tests; SystemExit for what `except Exception` does not catch."
     found = [(n, getattr(builtins, str(n), None)) for n in kinds]
-    name, kind = next(((n, k) for n, k in found if isinstance(k, type) and issubclass(k, Exception)), ("", SystemExit))
+    name, kind = next(((n, k) for n, k in found if isinstance(k, type) and issubclass(k, Exception) and k not in (StopIteration, StopAsyncIteration)), ("", SystemExit))
     try:
         return kind(text if name == kinds[0] else f"{kinds[0]}: {text}")
     except TypeError:                                     # UnicodeDecodeError wants five arguments
@@ -298,20 +306,23 @@ def _limit(seconds: float, memory: int) -> None:
 
 # %% ../nbs/09a_programs.ipynb #68d34d13
 def _forbid_calls() -> bool:
-    "A filter (seccomp) that a process cannot take off again: no new process, no socket, no signal to others, no look into others. False where unknown."
+    "A filter (seccomp) that a process cannot take off again: no new process, no socket, no memory to be shared, nothing done to other processes. False where unknown."
     import ctypes
-    arch, clone, refused = {
-        "x86_64": (0xC000003E, 56, "41 57 58 59 62 101 109 112 129 155 161 165 166 200 234 248 249 250 272 297 298 304 308 310 311 321 322 323"),
-        "aarch64": (0xC00000B7, 220, "198 221 129 117 154 157 138 41 51 40 39 130 131 217 218 219 97 240 241 265 268 270 271 280 281 282"),
-    }.get(os.uname().machine, (0, 0, ""))
+    arch, clone, prlimit, fcntl, ioctl, refused = {
+        "x86_64": (0xC000003E, 56, 302, 72, 16, "29 64 68 141 142 144 203 240 251 256 279 312 314 41 57 58 59 62 101 109 112 129 155 161 165 166 200 234 248 249 250 272 297 298 304 308 310 311 321 322 323"),
+        "aarch64": (0xC00000B7, 220, 261, 25, 29, "194 190 186 140 118 119 122 180 30 238 239 272 274 198 221 129 117 154 157 138 41 51 40 39 130 131 217 218 219 97 240 241 265 268 270 271 280 281 282"),
+    }.get(os.uname().machine, (0, 0, 0, 0, 0, ""))
     if sys.platform != "linux" or not arch:
         return False
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06              # instructions of the kernel's filter machine
     deny, unknown, allow, kill = 0x50001, 0x50026, 0x7FFF0000, 0x80000000             # EPERM, ENOSYS
     code = [(load, 0, 0, 4), (equal, 1, 0, arch), (give, 0, 0, kill), (load, 0, 0, 0), (at_least, 0, 1, 1 << 30), (give, 0, 0, deny)]
-    for number in [*map(int, refused.split()), *range(424, 434), 434, 438, 442]:      # the last ones are the same everywhere: pidfd, io_uring, mounts
+    for number in [*map(int, refused.split()), *range(424, 434), 434, 438, 440, 442, 448]:      # the last ones are the same everywhere: pidfd, io_uring, mounts, others' memory
         code += [(equal, 0, 1, number), (give, 0, 0, deny)]
     code += [(equal, 0, 1, 435), (give, 0, 0, unknown)]                               # clone3: the C library falls back to clone
+    for number, wishes in ((fcntl, (8, 10, 15)), (ioctl, (0x8901, 0x8902, 0x5412))):     # whom a file is to signal, and by what; to type into a terminal
+        code += [(equal, 0, 2 * len(wishes) + 2, number), (load, 0, 0, 24), *(c for w in wishes for c in ((equal, 0, 1, w), (give, 0, 0, deny))), (give, 0, 0, allow)]
+    code += [(equal, 0, 4, prlimit), (load, 0, 0, 16), (equal, 0, 1, 0), (give, 0, 0, allow), (give, 0, 0, deny)]           # only its own bounds
     code += [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 1, 0, 0x10000), (give, 0, 0, deny), (give, 0, 0, allow)]     # a thread may be made
     body = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *c) for c in code))
     program = ctypes.create_string_buffer(struct.pack("HP", len(code), ctypes.addressof(body)))
@@ -504,6 +515,9 @@ ESCAPES |= {
     "a fork bomb of 100": "import os, time\nfor n in range(100):\n    if os.fork() == 0:\n        time.sleep(9)\n        os._exit(0)\nprint('escaped')",
     "live on after the end": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)",
     "a signal to us": "import os\nos.kill(PARENT, 0)\nprint('escaped')",
+    "a signal to us, by a file": "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nfcntl.fcntl(r, 10, 9)\n"
+                                 "fcntl.fcntl(r, fcntl.F_SETFL, fcntl.fcntl(r, fcntl.F_GETFL) | os.O_ASYNC)\nos.write(w, b'x')",
+    "lower our bounds": "import resource\nresource.prlimit(VICTIM, resource.RLIMIT_NOFILE, (9, 9))\nprint('escaped')",
     "a signal to the judge": "import os\nos.kill(os.getppid() or 1, 0)\nprint('escaped')",
     "trace the judge": "import ctypes, os\nprint('escaped' if ctypes.CDLL(None).ptrace(16, os.getppid(), None, None) == 0 else '')",
     "read our memory": "open(f'/proc/{PARENT}/mem', 'rb')\nprint('escaped')",
@@ -514,6 +528,9 @@ ESCAPES |= {
 # %% ../nbs/09a_programs.ipynb #e0ac638a
 ESCAPES |= {
     "take 2 GB of memory": "x = bytearray(2 << 30)\nprint('escaped')",
+    "hold shared memory beyond the bound": "import ctypes\nc = ctypes.CDLL(None)\nc.shmat.restype = ctypes.c_void_p\nheld = [c.shmget(0, 1 << 28, 0o1600) for n in range(6)]\n"
+                                           "for k in held * (min(held) >= 0):\n    at = ctypes.c_void_p(c.shmat(k, None, 0))\n    ctypes.memset(at, 1, 4096)\n    c.shmdt(at)\n"
+                                           "print('escaped' if min(held) >= 0 else '')\nfor k in held:\n    c.shmctl(k, 0, None)",
     "raise its own bounds": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\nprint('escaped')",
     "write a file of 2 MB": "import tempfile\nwith tempfile.TemporaryFile() as f:\n    f.write(bytes(2 << 20))\nprint('escaped')",
     "fill the disk": "import tempfile\nfiles = [tempfile.TemporaryFile() for _ in range(32)]\nfor f in files:\n    f.write(bytes(1 << 20))\n    f.flush()\nprint('escaped')",
@@ -542,13 +559,13 @@ def _left_behind(mark: str) -> list[int]:
 def try_escape(name: str, wall: str | None = None, allow_unsafe: bool = False, filtered: bool = True) -> dict:
     """Let one of `ESCAPES` try; `{"escaped", "reason", "seconds"}`.
 
-    Escaped means that it says so, that a file of ours or a connection tells, that a process of it lives on, that it ran for longer than its
+    Escaped means that it says so, that a file of ours, a connection or a victim tells, that a process of it lives on, that it ran for longer than its
     second and ten more, or that more than 64 KB of what it printed reached us. `filtered=False` leaves out the filter of calls, to see what
     the wall does by itself. All attempts are harmless, also without a wall."""
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as service:
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as service, subprocess.Popen(["sleep", "120"]) as victim:
         secret = Path(folder, "secret.txt")
         secret.write_text("ours")
-        facts = {"SECRET": str(secret), "PORT": service.getsockname()[1], "PARENT": os.getpid(), "PATHS": [str(Path.cwd()), str(Path.cwd().parent), *sys.path]}
+        facts = {"SECRET": str(secret), "PORT": service.getsockname()[1], "PARENT": os.getpid(), "VICTIM": victim.pid, "PATHS": [str(Path.cwd()), str(Path.cwd().parent), *sys.path]}
         start = time.perf_counter()
         mark = secrets.token_hex(8)
         result = _verdict(_task("".join(f"{k} = {v!r}\n" for k, v in facts.items()) + ESCAPES[name], seconds=1.0, filtered=filtered), choose_wall(wall, allow_unsafe), mark)
@@ -563,8 +580,10 @@ def try_escape(name: str, wall: str | None = None, allow_unsafe: bool = False, f
             called = bool(service.accept())
         except BlockingIOError:
             called = False
+        hit = victim.poll() is not None
+        victim.kill()
         wrote = sorted(os.listdir(folder)) != ["secret.txt"] or secret.read_text() != "ours"
-    escaped = "escaped" in result["output"] or wrote or called or bool(alive) or seconds > 11 or len(result["output"]) > 1 << 16
+    escaped = "escaped" in result["output"] or wrote or called or hit or bool(alive) or seconds > 11 or len(result["output"]) > 1 << 16
     return {"escaped": escaped, "reason": result["reason"], "seconds": seconds}
 
 # %% ../nbs/09a_programs.ipynb #20db3704
@@ -577,6 +596,9 @@ CHEATS = {
     "forge a reply, from a thread": "import json, os, threading\ndef forge():\n    data = json.dumps({'value': True, 'args': None}).encode()\n    while True:\n"
                                     "        for fd in range(3, 16):\n            try:\n                os.write(fd, len(data).to_bytes(4, 'big') + data)\n            except OSError:\n                pass\n"
                                     "threading.Thread(target=forge, daemon=True).start()\ndef double(x): pass",
+    "forge a reply beforehand": "import json, os\ndata = json.dumps({'value': None, 'args': None}).encode()\nfor fd in range(3, 16):\n    try:\n"
+                                "        os.write(fd, len(data).to_bytes(4, 'big') + data)\n    except OSError:\n        pass\ndef double(x): return x",
+    "end the tests' loop": "def double(x):\n    if x in (1, 2):\n        return 2 * x\n    raise StopIteration",
     "equal to everything": "class Any:\n    def __eq__(self, other):\n        return True\ndef double(x):\n    return Any()",
     "a number equal to everything": "class Any(int):\n    def __eq__(self, other):\n        return True\n    __hash__ = int.__hash__\ndef double(x):\n    return Any(1)",
     "walk up the frames": "import sys\ndef double(x):\n    frame = sys._getframe()\n    while frame:\n        for key, value in {**frame.f_locals}.items():\n            if isinstance(value, dict):\n"
@@ -596,7 +618,7 @@ CHEATS = {
 # %% ../nbs/09a_programs.ipynb #5106e75b
 def try_cheat(name: str, wall: str | None = None, allow_unsafe: bool = False, shared: bool = False) -> dict:
     "Let one of `CHEATS` try to pass for a function that doubles a number: result as of `run_tests`."
-    tests = "def check(candidate):\n    assert candidate(4) == 8\n    assert candidate(-3) == -6\n    assert candidate(candidate(1)) == 4\n"
+    tests = "def check(candidate):\n    for got, want in zip(map(candidate, (4, -3)), (8, -6)):\n        assert got == want\n    assert candidate(candidate(1)) == 4\n"
     return run_tests(CHEATS[name] + "\n", tests, "double", shared=shared, wall=wall, allow_unsafe=allow_unsafe)
 
 # %% ../nbs/09a_programs.ipynb #8c7875e6
@@ -665,7 +687,10 @@ def chat_program(item: dict, answer: str) -> str:
     code = next((b for b in blocks if defines.search(b)), blocks[0])
     if defines.search(code):
         return f"{_stub(item)}\n{code}\n"
-    return item["prompt"] + (code if code[:1] in (" ", "\t") else textwrap.indent(code, "    ")) + "\n"
+    code = re.sub(r"\A(?:[ \t]*\n)+", "", code)
+    bodies = [code] if code[:1] in (" ", "\t") else [textwrap.indent(code, "    "), "    " + code]      # the second: where only the first line was stripped
+    programs = [f"{item['prompt']}{body}\n" for body in bodies]
+    return next(filter(_compiles, programs), programs[0])
 
 # %% ../nbs/09a_programs.ipynb #31adb7b3
 def grade_program(item: dict, program: str, **limits) -> dict:
@@ -706,13 +731,15 @@ def grade_samples(items: Sequence[dict], samples: Sequence[dict], ks: Sequence[i
 # %% ../nbs/09a_programs.ipynb #06a85f9d
 def humaneval_suite(path: str | Path, samples: int = 1, ks: Sequence[int] = (1, 10, 100), chat: bool = False, max_new_tokens: int = 512, sampling: Sampling = Sampling(),
                     seed: int = 0, workers: int | None = None, **limits) -> Suite:
-    """HumanEval, or a file of its form, as a suite with `pass@k` for each k up to `samples`, and the shares that timed out and that got no verdict.
+    """HumanEval, or a file of its form, as a suite with `pass@k` for each k up to `samples`, and the shares that timed out, that got no verdict and that ran without the filter of calls.
 
     Base models continue the prompt up to `STOPS`; with `chat` the model is asked in a conversation, and the code is taken out of its answer.
     `limits` as of `run_tests`. Raises UserError, before any model is asked, where no wall works or samples would all be alike."""
     choose_wall(limits.get("wall"), limits.get("allow_unsafe", False))
     if samples < 1 or not any(k <= samples for k in ks):
         raise UserError(f"samples={samples}, ks={tuple(ks)}: one sample or more, and as many as the smallest k")
+    if samples > 1000:
+        raise UserError(f"samples={samples}: at most 1000, which is how far the seeds of two runs are apart; give the others a second run with another seed")
     if samples > 1 and sampling.temperature == 0:
         raise UserError(f"samples={samples} at temperature 0 are all alike; give sampling=Sampling(0.2) or more, or one sample")
     build = chat_program if chat else lambda item, text: base_program(item, truncate_completion(text))
@@ -720,13 +747,17 @@ def humaneval_suite(path: str | Path, samples: int = 1, ks: Sequence[int] = (1, 
 
     def answer(lm: LM, items: Sequence[dict]) -> list[dict]:
         prompts = [ask(i) for i in items]
-        texts = [lm.generate(prompts, max_new_tokens=max_new_tokens, stop=() if chat else STOPS, sampling=sampling, seed=seed + n) for n in range(samples)]
+        texts = [lm.generate(prompts, max_new_tokens=max_new_tokens, stop=() if chat else STOPS, sampling=sampling, seed=1000 * seed + n) for n in range(samples)]
         return [{"prompt": p, "answer": t[0], "answers": list(t), "programs": [build(i, x) for x in t]} for i, p, t in zip(items, prompts, zip(*texts), strict=True)]
 
     def score(item: dict, output: dict) -> dict:
         graded = grade_programs([(item, p) for p in output["programs"]], workers, **limits)
         share = lambda start: sum(g["reason"].startswith(start) for g in graded) / len(graded)
         right = sum(g["passed"] for g in graded)
-        return {f"pass@{k}": pass_at_k(samples, right, k) for k in ks if k <= samples} | {"timed_out": share("timed out"), "no_verdict": share("no verdict")}
+        return {f"pass@{k}": pass_at_k(samples, right, k) for k in ks if k <= samples} | {
+                "timed_out": share("timed out"), "no_verdict": share("no verdict"),
+                "unfiltered": sum(not g["filtered"] and not g["reason"].startswith("no verdict") for g in graded) / len(graded)}
 
-    return Suite("humaneval", read_humaneval(path), answer, score, f"pass@{min(ks)}", texts=lambda i: [i["prompt"], i.get("canonical_solution", "")], chance=0.0)
+    settings = {"samples": samples, "chat": chat, "max_new_tokens": max_new_tokens, "sampling": str(sampling), "seed": seed}
+    return Suite("humaneval", read_humaneval(path), answer, score, f"pass@{min(ks)}", texts=lambda i: [i["prompt"], i.get("canonical_solution", "")], chance=0.0,
+                 settings=settings)

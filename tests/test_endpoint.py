@@ -21,6 +21,7 @@ pytest.importorskip("openai")
 
 from llm_course.endpoint import AnswerCache, EndpointLM, Unreadable, read_reply, request_of
 from llm_course.generate import Sampling
+from llm_course.judge import judge_of
 from llm_course.lm import LM
 from llm_course.reading import UserError
 
@@ -32,6 +33,7 @@ class Server:
 
     def __init__(self):
         self.moods, self.seen, self.headers, self.retry_after, self.delay = [], [], [], None, 0.0
+        self.usage, self.logprobs = lambda body: (100, 50), None         # what is told of the tokens of a request; what a text gets as log-probabilities
         self.now = self.most = 0
         self.lock, outer = threading.Lock(), self
 
@@ -68,7 +70,9 @@ class Server:
             return h.connection.close()
         text = "echo: " + (body["prompt"] if "prompt" in body else body["messages"][-1]["content"])
         choice = {"text": text, "finish_reason": "stop"} if "prompt" in body else {"message": {"content": text}, "finish_reason": "length" if mood == "length" else "stop"}
-        good = json.dumps({"choices": [choice], "model": "m-2026", "usage": {"prompt_tokens": 100, "completion_tokens": 50}})
+        if self.logprobs and "prompt" in body:
+            choice["logprobs"] = self.logprobs
+        good = json.dumps({"choices": [choice], "model": "m-2026", "usage": dict(zip(("prompt_tokens", "completion_tokens"), self.usage(body)))})
         refusal = json.dumps({"error": {"message": f"no, {h.headers.get('Authorization')}", "code": "insufficient_quota" if mood == "402 as 429" else None}})
         status = 429 if mood == "402 as 429" else int(mood) if mood.isdigit() else 200
         said = {"half": good[:40], "empty": '{"choices": []}', "error": refusal, "page": "<html>busy</html>"}.get(mood, good if status == 200 else refusal)
@@ -164,7 +168,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, monkeypatch, tmp_pa
     with pytest.raises(UserError) as e:
         lm.generate([say("y")])
     out = capsys.readouterr()
-    shown = [str(e.value), repr(e.value), repr(lm), repr(lm.endpoint), repr(vars(lm.endpoint)), json.dumps(lm.report()), (tmp_path / "c.jsonl").read_text(), out.out, out.err]
+    shown = [str(e.value), repr(e.value), repr(e.value.failure), repr(lm), repr(lm.endpoint), repr(vars(lm.endpoint)), json.dumps(lm.report()), (tmp_path / "c.jsonl").read_text(), out.out, out.err]
     assert not [s for s in shown if KEY in s] and "***" in shown[0]
     model(server).generate([say("x")])
     assert "another" not in server.headers[-1]["authorization"]
@@ -190,16 +194,65 @@ def test_stop_strings_and_what_was_cut_or_empty(server):
     assert server.seen[0][1]["stop"] == ["1", "2", "3", "4"] and lm.endpoint.counts["cut at the limit"] == 1
 
 
-def test_never_spends_more_than_the_limit(server):
-    server.delay = 0.01
-    lm = model(server, concurrency=8, price_in=1.0, price_out=1.0, limit=0.002)
-    server.moods = ["500", "cut"]
+@pytest.mark.parametrize("extra", [None, {"n": 3}, {"max_tokens": 400}], ids=str)
+@pytest.mark.parametrize("word", ["word ", "渡船 "])
+def test_never_spends_more_than_the_limit(server, word, extra):
+    "The server counts a token for each byte of the prompt, and writes as much as it may."
+    server.delay, server.moods = 0.01, ["500", "cut", "504"]
+    server.usage = lambda body: (len(body["messages"][0]["content"].encode()), body["max_tokens"] * body.get("n", 1))
+    prompts = [say(f"q{i} " + word * 80) for i in range(50)]
+    lm = model(server, concurrency=2, price_in=1.0, price_out=1.0, limit=0.008, extra=extra)
     with pytest.raises(UserError, match="Raise the limit"):
-        lm.generate([say(f"q{i} " + "word " * 80) for i in range(50)], max_new_tokens=50)
-    assert 0 < lm.endpoint.budget.spent <= 0.002 and lm.endpoint.budget.reserved == pytest.approx(0)
+        lm.generate(prompts, max_new_tokens=50)
+    assert 0 < lm.endpoint.budget.spent <= 0.008 and lm.endpoint.budget.reserved == pytest.approx(0)
     answered = len(lm.endpoint.answers.answers)
-    assert answered >= 5 and len(server.seen) - 2 == answered
-    assert lm.estimate([say(f"q{i} " + "word " * 80) for i in range(50)], 50)["requests"] == 50 - answered
+    assert answered >= 5 and len(server.seen) - 3 == answered
+    assert lm.estimate(prompts, 50)["requests"] == 50 - answered
+
+
+@pytest.mark.parametrize("usage", [("10", 5), (-100_000, 5), (None, None), (1.5, True), ([], {})], ids=str)
+def test_a_strange_count_of_tokens_costs_the_full_sum_and_no_answer(server, usage):
+    server.usage = lambda body: usage
+    lm = model(server, price_in=1.0, price_out=1.0)
+    assert lm.generate([say("four")], max_new_tokens=20) == ["echo: four"]
+    assert lm.endpoint.budget.spent == pytest.approx(1e-6 * (12 + (5 if usage[1] == 5 else 20)))
+
+
+def test_another_form_of_probabilities_is_none(server):
+    server.logprobs = {"content": [{"token": "ok", "logprob": -0.1, "top_logprobs": []}]}
+    with pytest.raises(NotImplementedError, match="does not echo"):
+        model(server).loglikelihood([("a", "b")] * 9)
+    assert len(server.seen) == 1
+
+
+def test_patience_is_with_the_server_not_with_our_own_waits(server):
+    server.moods = ["503"]
+    assert model(server, patience=0.001).generate([say("x")]) == ["echo: x"]
+
+
+def test_what_other_services_are_told_stays_here(server, monkeypatch):
+    for name, value in (("OPENAI_ORG_ID", "org-mine"), ("OPENAI_PROJECT_ID", "proj-mine"), ("OPENAI_CUSTOM_HEADERS", "X-Mine: custom-mine\nAuthorization: Bearer mine"), ("OPENAI_ADMIN_KEY", "sk-mine")):
+        monkeypatch.setenv(name, value)
+    model(server).generate([say("x"), "text"])
+    assert len(server.headers) == 2 and "mine" not in json.dumps(server.headers)
+
+
+def test_other_fields_are_another_model(server, tmp_path):
+    for effort in ("low", "high", "low"):
+        judge_of(model(server, extra={"effort": effort}), cache=tmp_path / "c.jsonl")("hello")
+    assert [b["effort"] for _, b in server.seen] == ["low", "high"]
+
+
+def test_a_line_after_a_half_written_one_is_read(tmp_path, monkeypatch):
+    cache, write = AnswerCache(tmp_path / "c.jsonl"), os.write
+    cache.put("a", {"text": "1"})
+    with monkeypatch.context() as m:
+        m.setattr(os, "write", lambda file, data: write(file, data[:10]))
+        with pytest.raises(UserError, match="c.jsonl: cannot write.*Free some space"):
+            cache.put("b", {"text": "2"})
+    cache.put("c", {"text": "3"})
+    again = AnswerCache(tmp_path / "c.jsonl")
+    assert sorted(again.answers) == ["a", "c"] and again.damaged == 1
 
 
 PROGRAM = """

@@ -17,7 +17,7 @@ from llm_course.judge import (MT_TEMPLATES, answer_two_turns, compare_answers, d
 from llm_course.lm import ModelLM
 from llm_course.model import ModelConfig, Transformer
 from llm_course.reading import DataError, UserError
-from llm_course.suites import run_suite
+from llm_course.suites import run_suite, suite_key
 from llm_course.tokenizer import train_tokenizer
 
 
@@ -108,6 +108,49 @@ def test_run_as_any_suite_and_started_again(mt, tmp_path):
     other = mt_bench_suite(mt["questions"], judge_of(Grader("another")), mt["references"], max_new_tokens=32)
     with pytest.raises(UserError, match="another folder"):
         run_suite(again, other, tmp_path, limit=16)
+
+
+def test_what_decides_the_grades_belongs_to_the_key(mt):
+    make = lambda judge, **kw: suite_key(mt_bench_suite(mt["questions"], judge, mt["references"], **kw), "m")
+    one, longer, warm, seeded, other = Grader("a"), {"max_new_tokens": 9}, {"sampling": Sampling(1.0)}, {"seed": 1}, Grader("a")
+    other.key = "a with other weights"
+    keys = [make(judge_of(one)), *(make(judge_of(one, **kw)) for kw in (longer, warm, seeded)), make(judge_of(other)), make(judge_of(one), templates=mt["templates"]),
+            make(judge_of(one), max_new_tokens=9), make(judge_of(one), seed=1)]
+    assert len(set(keys)) == len(keys) and keys[0] == make(judge_of(Grader("a")))
+
+
+def test_the_table_counts_each_grade_once():
+    items = [{"id": str(n), "category": "a"} for n in (1, 2)]
+    outputs = [{"judgements": ["[[10]]", "none"]}, {"judgements": ["[[2]]", "[[2]]"]}]
+    table = mt_bench_table(items, outputs)
+    assert table["all"]["value"] == pytest.approx(14 / 3) == table["a"]["value"] and table["all"]["n"] == 3 and table["unreadable"] == 1     # FastChat's mean
+
+
+def test_turns_of_a_question_are_one_observation():
+    items = [{"id": str(n), "turns": ["q", "r"], "reference": None, "category": "a"} for n in range(80)]
+    answers = [[{"turns": [f"{name} {n}", f"{name} {n}"]} for n in range(80)] for name in ("one", "two")]
+    def judge(prompt):
+        "One or the other wins both turns of a question."
+        best = "one" if int(re.search(r"(?:one|two) (\d+)", prompt)[1]) % 2 else "two"
+        return "[[A]]" if prompt.index("one ") < prompt.index("two ") and best == "one" or prompt.index("two ") < prompt.index("one ") and best == "two" else "[[B]]"
+    result = mt_bench_pairs(items, *answers, judge)
+    width = lambda r: r["win_rate"]["high"] - r["win_rate"]["low"]
+    assert result["all"]["win_rate"]["n"] == 80 and result["all"]["win_rate"]["value"] == 0.5 and width(result["all"]) == pytest.approx(width(result["turn 1"]))
+
+
+def test_an_error_loses_at_most_64_answers(tmp_path):
+    class Breaks(Grader):
+        "Gives up at its 70th prompt."
+        def generate(self, prompts, **kw):
+            if len(self.asked) + len(prompts) >= 70:
+                raise RuntimeError("out of memory")
+            return super().generate(prompts, **kw)
+    cache, prompts = tmp_path / "c.jsonl", [f"prompt {n}" for n in range(100)]
+    with pytest.raises(RuntimeError):
+        judge_of(Breaks("one"), cache=cache).many(prompts)
+    assert len(AnswerCache(cache).answers) == 64
+    again = judge_of(Grader("one"), cache=cache)
+    assert len(again.many(prompts)) == 100 and again.asked == 36
 
 
 def test_a_local_model_judges_and_is_judged(mt):

@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_course import sandbox
+from llm_course.generate import Sampling
 from llm_course.reading import UserError, read_rows
 from llm_course.sandbox import CHEATS, ESCAPES, base_program, grade_programs, grade_samples, pass_at_k, read_humaneval, run_program, run_tests, try_cheat, try_escape, walls
+from llm_course.suites import suite_key
 
 TESTS = "def check(candidate):\n    assert candidate(4) == 8\n    assert candidate(-3) == -6\n"
 RIGHT = "def double(x):\n    return 2 * x\n"
-INSIDE_ONLY = {"start another program", "a fork bomb of 100", "a signal to the judge", "make namespaces"}      # what the walls alone leave: it concerns only what is inside
+INSIDE_ONLY = {"start another program", "a fork bomb of 100", "a signal to the judge", "make namespaces", "hold shared memory beyond the bound"}      # what the walls alone leave: it concerns only what is inside
 SLOW = {"loop", "sleep, deaf to signals", "print without end", "answer without end", "recurse without end"}
 
 
@@ -57,14 +59,38 @@ def test_the_wall_holds_without_the_filter(wall):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux's")
 def test_the_filter_holds_without_a_wall():
-    names = ["connect to a service of ours", "open a socket past Python", "start another program", "a fork bomb of 100", "live on after the end", "a signal to us", "a signal to the judge", "trace the judge"]
+    names = ["connect to a service of ours", "open a socket past Python", "start another program", "a fork bomb of 100", "live on after the end", "a signal to us", "a signal to us, by a file", "lower our bounds",
+             "hold shared memory beyond the bound", "a signal to the judge", "trace the judge"]
     results = side_by_side(lambda n: try_escape(n, "none", allow_unsafe=True), names)
-    assert not run_program("", wall="none", allow_unsafe=True)["filtered"] or not [n for n, r in results.items() if r["escaped"]]
+    filtered = run_program("", wall="none", allow_unsafe=True)["filtered"]
+    assert filtered == (os.uname().machine in ("x86_64", "aarch64"))
+    assert not filtered or not [n for n, r in results.items() if r["escaped"]]
+
+
+DISTURB = {"a signal, by a file": "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())\nfcntl.fcntl(r, 10, 9)\n"
+                                  "fcntl.fcntl(r, fcntl.F_SETFL, fcntl.fcntl(r, fcntl.F_GETFL) | os.O_ASYNC)\nos.write(w, b'x')",
+           "no time to compute": "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))",
+           "the last turn of all": "import os\nos.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))", "another core": "import os\nos.sched_setaffinity(os.getppid(), {0})"}
+
+
+@pytest.mark.parametrize("name", DISTURB)
+def test_the_judge_is_left_in_peace(wall, name):
+    if os.uname().machine not in ("x86_64", "aarch64"):
+        pytest.skip("the filter does not know this processor")
+    assert run_program(DISTURB[name], wall=wall)["reason"].startswith("PermissionError")
+    quiet = "".join(f"    {line}\n" for line in DISTURB[name].splitlines())
+    assert run_tests(f"try:\n{quiet}except OSError:\n    pass\n{RIGHT}", TESTS, "double", wall=wall)["passed"]
+
+
+def test_honest_programs_may_ask_for_their_own_bounds(wall):
+    code = "import fcntl, os, resource, threading\nt = threading.Thread(target=print, args=('t',))\nt.start(); t.join()\nr, w = os.pipe()\n"
+    assert run_program(code + "print(resource.getrlimit(resource.RLIMIT_AS)[0], fcntl.fcntl(r, fcntl.F_GETFL), os.isatty(1))", wall=wall)["output"] == f"t\n{1 << 30} 0 False\n"
 
 
 def test_attempts_are_real():
     "Without a wall and a filter the same attempts succeed: else the tests above would prove nothing."
-    names = ["read a file of ours", "write beside it", "connect to a service of ours", "start another program", "live on after the end", "read the judge's memory", "a signal to us"]
+    names = ["read a file of ours", "write beside it", "connect to a service of ours", "start another program", "live on after the end", "read the judge's memory", "a signal to us",
+             "a signal to us, by a file", "lower our bounds", "hold shared memory beyond the bound"]
     results = side_by_side(lambda n: try_escape(n, "none", allow_unsafe=True, filtered=False), names if sys.platform == "linux" else names[:2])
     kept = {n for n, r in results.items() if not r["escaped"]}
     assert kept <= ({"read the judge's memory"} if os.geteuid() else set())       # an ordinary user may not look into a process that forbids it
@@ -78,8 +104,34 @@ def test_no_cheat_passes(wall):
 
 def test_shared_tests_can_be_cheated(wall):
     "Documented as not blocked: an object that is equal to everything, where tests and program share a process."
-    assert try_cheat("equal to everything", wall, shared=True)["passed"]
+    assert all(try_cheat(n, wall, shared=True)["passed"] for n in ("equal to everything", "forge a reply beforehand"))
     assert not try_cheat("leave with status 0", wall, shared=True)["passed"] and run_tests(RIGHT, TESTS, "double", shared=True, wall=wall)["passed"]
+
+
+@pytest.mark.parametrize("loop", ["for got, want in zip(map(candidate, (4, -3)), (8, -6)):\n        assert got == want", "assert not [y for y in map(candidate, (4, -3)) if y not in (8, -6)]"])
+def test_no_exception_ends_a_loop_of_the_tests(wall, loop):
+    tests = f"def check(candidate):\n    {loop}\n"
+    assert run_tests(RIGHT, tests, "double", wall=wall)["passed"]
+    result = run_tests("def double(x):\n    raise StopIteration\n", tests, "double", wall=wall)
+    assert not result["passed"] and result["reason"].startswith("Exception: StopIteration")
+
+
+def test_samples_of_two_runs_have_no_seed_in_common():
+    class Model:
+        name, seeds = "seeds", []
+        def generate(self, prompts, seed=0, **kw):
+            self.seeds.append(seed)
+            return ["    pass\n" for _ in prompts]
+    for seed in (0, 1, 2):
+        suite = sandbox.humaneval_suite(Path(__file__).parent.parent / "data" / "mini_humaneval.jsonl", 20, sampling=Sampling(0.8), seed=seed, allow_unsafe=True)
+        suite.answer(Model(), suite.items[:1])
+    assert len(set(Model.seeds)) == 60
+
+
+def test_what_decides_the_answers_belongs_to_their_key():
+    make = lambda **kw: suite_key(sandbox.humaneval_suite(Path(__file__).parent.parent / "data" / "mini_humaneval.jsonl", allow_unsafe=True, **kw), "m")
+    others = [{}, {"chat": True}, {"max_new_tokens": 9}, {"sampling": Sampling(0.5)}, {"sampling": Sampling(0.5, top_p=0.9)}, {"samples": 2, "sampling": Sampling(0.5)}, {"seed": 1}]
+    assert len({make(**kw) for kw in others}) == len(others) and make() == make()
 
 
 def test_nothing_outlives_a_course_that_is_killed(wall):
