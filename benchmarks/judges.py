@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from record import arguments, rounded, save, testdata
 
-from llm_course.intervals import mean_interval, rate
+from llm_course.intervals import rate
 from llm_course.judge import length_controlled, self_preference
 from llm_course.reading import read_rows
 

@@ -137,6 +137,7 @@ def _eval_options(s: argparse.ArgumentParser) -> None:
     g.add_argument("--benchmarks", metavar="DIR", help="folder with the files of public benchmarks")
     g.add_argument("--download", action="store_true", help="fetch what is missing there from the hub")
     g.add_argument("--judge", metavar="MODEL", help="the model that grades open answers; without one they are counted as not graded")
+    g.add_argument("--plain", action="store_true", help="ask as a base model is asked: GSM8K with five examples and HumanEval as a text to continue, not in a conversation")
     g.add_argument("--corpus", nargs="+", default=[], metavar="FILE", help="training documents in which the questions are looked up")
     g.add_argument("--limit", type=int, metavar="N", help="ask N items of each suite, taken at equal distances")
     g.add_argument("--batch-size", type=int, default=16, metavar="N", help="items at a time (default: 16); answers are kept after each batch")
@@ -271,7 +272,7 @@ def _compare(args: argparse.Namespace) -> None:
         raise UserError(f"--batch-size {args.batch_size} and --limit {args.limit} must be at least 1")
     corpus = [f for path in args.corpus for f in data_files(path)]
     evaluate_models(args.models, [n.strip() for n in args.suites.split(",") if n.strip()], args.out or "runs/eval", args.benchmarks, args.judge, corpus, args.limit,
-                    args.batch_size, args.download, (lambda text: None) if args.quiet else print)
+                    args.batch_size, args.download, not args.plain, (lambda text: None) if args.quiet else print)
 
 # %% ../nbs/10a_cli.ipynb #401ba8bc
 def main(argv: Sequence[str] | None = None) -> int:

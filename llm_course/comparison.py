@@ -9,21 +9,19 @@ __all__ = ['RECIPES', 'DOWNLOADS', 'load_lm', 'Recipe', 'find_suites', 'how_to_g
 # %% ../nbs/09c_comparison.ipynb #c0000004
 import html
 import importlib.util
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .benchmarks import blimp_suite, completion_suite, gsm8k_suite, mmlu_chat_suite, mmlu_suite
-from .chat import load_session, model_folder
+from .chat import load_session
 from .dedup import NgramIndex
 from .endpoint import EndpointLM
 from .gguf_io import from_gguf
-from .hub import load_model
 from .ifeval import ifeval_suite
 from .intervals import compare, holm, summarise_metric
-from .judge import judge_of, mt_bench_suite
+from .judge import check_answers, grade_answers, judge_of, mt_bench_suite
 from .lm import LM, ModelLM, TransformersLM
 from .reading import UserError, new_file, read_rows, write_json, write_jsonl
 from .report import STYLE, html_table, show_p, show_value
@@ -71,7 +69,7 @@ class Recipe:
 
     def find(self, folder: Path) -> list[Path] | None:
         "For each pattern the first file or folder; None where one is missing."
-        found = [next(iter(sorted(folder.glob(p))), None) for p in self.files]
+        found = [next((f for f in sorted(folder.glob(p)) if not f.name.endswith(".answers.jsonl")), None) for p in self.files]
         return None if None in found else found
 
 
@@ -83,7 +81,7 @@ RECIPES: dict[str, Recipe] = {
     "mmlu": Recipe(("mmlu/test", "mmlu/dev"), lambda test, dev, **o: mmlu_suite(test, dev), ("cais/mmlu", "all", "test")),
     "mmlu_chat": Recipe(("mmlu/test",), lambda test, **o: mmlu_chat_suite(test), ("cais/mmlu", "all", "test")),
     "gsm8k": Recipe(("gsm8k/test*.jsonl", "gsm8k/train*.jsonl"), lambda test, train, **o: gsm8k_suite(test, train, chat=o.get("chat", True)), ("openai/gsm8k", "main", "test")),
-    "humaneval": Recipe(("**/HumanEval.jsonl*",), lambda file, **o: humaneval_suite(file), ("openai/openai_humaneval", None, "test")),
+    "humaneval": Recipe(("**/HumanEval.jsonl*",), lambda file, **o: humaneval_suite(file, chat=o.get("chat", True)), ("openai/openai_humaneval", None, "test")),
     "ifeval": Recipe(("ifeval/input_data.jsonl",), lambda file, **o: ifeval_suite(file), ("google/IFEval", None, "train")),
     "mt_bench": Recipe(("mt_bench/question.jsonl",), lambda file, **o: _mt_bench(file, **o), ("HuggingFaceH4/mt_bench_prompts", None, "train")),
     "blimp": Recipe(("blimp",), lambda files, **o: blimp_suite(files), ("nyu-mll/blimp", None, "train")),
@@ -105,7 +103,8 @@ def _mt_bench(questions: Path, judge: Callable | None = None, **options: object)
 # %% ../nbs/09c_comparison.ipynb #c000000b
 def find_suites(names: Sequence[str], folder: str | Path | None = None, graders: dict[str, Grader] | None = None, **options: object) -> tuple[list[Suite], dict[str, str]]:
     """Suites by name, and for what cannot be had the reason: benchmarks (`RECIPES`) with files in `folder`, the course's own suites by name or
-    `own` for all, and task files by path. `options`: `judge`, and `chat` (ask as a chat, not with examples).
+    `own` for all, and task files by path. `options`: `judge`, and `chat` (True: GSM8K and HumanEval are asked in a
+    conversation; False: GSM8K with five examples, HumanEval as a text to continue).
 
     Raises UserError for a name that is none of these."""
     own, suites, missing = shipped_suites(graders), [], {}
@@ -180,11 +179,9 @@ def leaked_items(suites: Sequence[Suite], documents: Sequence[dict]) -> dict[str
     `documents` may be an iterator over a corpus of any size. (Brown et al., 2020, use 13 words.)"""
     texts = [(s.name, i["id"], t) for s in suites for i in s.items for t in s.texts(i)]
     index = NgramIndex([t for _, _, t in texts])
-    found = {s.name: {"leaked": {}, "checked": len(s.items), "too_short": 0} for s in suites}
-    for s in suites:
-        mine = {i["id"] for i in s.items}
-        long = {item for k, (name, item, _) in enumerate(texts) if name == s.name and k not in set(index.skipped)}
-        found[s.name]["too_short"] = len(mine - long)
+    skipped = set(index.skipped)
+    long = {(name, item) for k, (name, item, _) in enumerate(texts) if k not in skipped}
+    found = {s.name: {"leaked": {}, "checked": len(s.items), "too_short": sum((s.name, i["id"]) not in long for i in s.items)} for s in suites}
     for document in documents:
         for k in index.matches(document["text"]):
             name, item, _ = texts[k]
@@ -192,22 +189,26 @@ def leaked_items(suites: Sequence[Suite], documents: Sequence[dict]) -> dict[str
     return found
 
 # %% ../nbs/09c_comparison.ipynb #c0000013
-def run_all(models: Sequence[LM], suites: Sequence[Suite], folder: str | Path | None = None, limit: int | None = None, batch_size: int = 32,
+def run_all(models: Iterable[LM], suites: Sequence[Suite], folder: str | Path | None = None, limit: int | None = None, batch_size: int = 32,
             say: Callable[[str], None] = lambda text: None) -> tuple[dict[str, dict[str, dict]], dict[str, dict[str, str]]]:
     """Results `[suite][model]` (see `grade_suite`) and what was skipped, `[suite][model] -> reason`; answers are kept in `folder`.
 
-    Raises UserError for two models of one name: their answers would lie in one file."""
-    names = [lm.name for lm in models]
-    if len(set(names)) < len(names):
-        raise UserError(f"two models are called {max(names, key=names.count)!r}; rename a folder, or give its parent's name")
-    results, skipped = {s.name: {} for s in suites}, {}
+    `models` may be a generator: then only one is in memory at a time. Raises UserError for two models of one name, whose answers would lie
+    in one file, and where no model could answer anything."""
+    results, skipped, seen = {s.name: {} for s in suites}, {}, set()
     for lm in models:
+        if lm.name in seen:
+            raise UserError(f"two models are called {lm.name!r}; rename a folder, or give its parent's name")
+        seen.add(lm.name)
         for suite in suites:
             before = getattr(lm, "cut", 0)
             try:
                 results[suite.name][lm.name] = run_suite(lm, suite, folder, limit, batch_size, say) | {"cut": getattr(lm, "cut", 0) - before}
-            except NotImplementedError as reason:
+            except (NotImplementedError, UserError) as reason:
                 skipped.setdefault(suite.name, {})[lm.name] = str(reason)
+                say(f"{lm.name}, {suite.name}: skipped, {reason}")
+    if not any(results.values()):
+        raise UserError("no model could answer anything:\n" + "\n".join(f"{s}: {m}: {why}" for s, by in skipped.items() for m, why in by.items()))
     return results, skipped
 
 
@@ -245,9 +246,9 @@ def compared(results: dict[str, dict[str, dict]], suites: Sequence[Suite], leaks
 # %% ../nbs/09c_comparison.ipynb #c0000016
 def comparison_text(rows: Sequence[dict], skipped: dict[str, dict[str, str]] | None = None, missing: dict[str, str] | None = None) -> str:
     "The comparison for a terminal."
-    lines, width = [], max((len(r["model"]) for r in rows), default=0)
+    lines, before, width = [], None, max((len(r["model"]) for r in rows), default=0)
     for row in rows:
-        if not lines or before != (row["suite"], row["metric"]):
+        if before != (row["suite"], row["metric"]):
             chance = f", chance {row['chance']:.2g}" if row["chance"] is not None else ""
             lines += ["" if lines else None, f"{row['suite']} ({row['metric']}{chance})"]
             before = row["suite"], row["metric"]
@@ -307,8 +308,6 @@ def graders_of(judge: Callable | None) -> dict[str, Grader]:
     "Functions for the rules `rubric` and `judge` of task files, by a judge; empty without one. A reply of the judge that cannot be read is None."
     if judge is None:
         return {}
-    from llm_course.judge import check_answers, grade_answers
-
     def rubric(item: dict, reply: str) -> float | None:
         return check_answers([item | {"prompt": _asked(item)}], [reply], judge)["scores"][0]
 
@@ -323,9 +322,9 @@ def _asked(item: dict) -> str:
 
 
 def evaluate_models(specs: Sequence[str], names: Sequence[str], out: str | Path, data: str | Path | None = None, judge: str | None = None, corpus: Sequence[str] = (),
-                    limit: int | None = None, batch_size: int = 16, fetch: bool = False, say: Callable[[str], None] = print) -> dict:
+                    limit: int | None = None, batch_size: int = 16, fetch: bool = False, chat: bool = True, say: Callable[[str], None] = print) -> dict:
     """Compare models on suites: everything that `llm_course eval MODEL…` does. Writes `comparison.json` and `comparison.html` into `out`, beside the
-    answers; returns what the JSON holds. `corpus` are files of training documents in which the questions are looked up.
+    answers; returns what the JSON holds. `corpus` are files of training documents in which the questions are looked up; `chat` as in `find_suites`.
 
     Raises UserError for models and suites that do not exist, or where nothing is left to run."""
     out = Path(out)
@@ -333,20 +332,13 @@ def evaluate_models(specs: Sequence[str], names: Sequence[str], out: str | Path,
         if name in RECIPES:
             say("".join(f"written: {p}\n" for p in download(name, data)).rstrip() or f"{name}: files are there")
     judging = judge_of(load_lm(judge, batch_size, cache=out / "judge.cache.jsonl"), cache=out / "judge.jsonl") if judge else None
-    suites, missing = find_suites(names, data, graders_of(judging), judge=judging)
+    suites, missing = find_suites(names, data, graders_of(judging), judge=judging, chat=chat)
     suites = [limited(s, limit) if limit and limit < len(s.items) else s for s in suites]
     if not suites:
         raise UserError("nothing to run:\n" + "\n".join(f"{k}: {v}" for k, v in missing.items()))
     leaks = leaked_items(suites, (row for file in corpus for _, row in read_rows(file))) if corpus else {}
-    results, skipped = {s.name: {} for s in suites}, {}
-    for spec in specs:                                       # one model in memory at a time
-        lm = load_lm(spec, batch_size, cache=out / "endpoint.cache.jsonl")
-        if lm.name in results[suites[0].name] or any(lm.name in r for r in results.values()):
-            raise UserError(f"two models are called {lm.name!r}; rename a folder, or give its parent's name")
-        more, left = run_all([lm], suites, out, None, batch_size, say)
-        for s in suites:
-            results[s.name] |= more[s.name]
-            skipped |= {s.name: skipped.get(s.name, {}) | left[s.name]} if s.name in left else {}
+    lms = (load_lm(spec, batch_size, cache=out / "endpoint.cache.jsonl") for spec in specs)
+    results, skipped = run_all(lms, suites, out, None, batch_size, say)
     rows = compared(results, suites, leaks)
     say(comparison_text(rows, skipped, missing))
     whole = {"models": list(specs), "rows": rows, "metrics": {s: {m: r["metrics"] for m, r in by.items()} for s, by in results.items()},

@@ -178,7 +178,7 @@ class AnswerCache:
                 append(self.path, start + line)
                 self._torn = False
 
-
+# %% ../nbs/09_endpoints.ipynb #74281110
 def append(path: Path, text: str) -> None:
     "Add a text to a file in one piece: several programs may do so at the same time. Raises UserError where the disk refuses."
     try:

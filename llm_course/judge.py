@@ -14,7 +14,6 @@ __all__ = ['Judge', 'GRADE_PROMPT', 'CHECK_PROMPT', 'PAIR_PROMPT', 'MT_TEMPERATU
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -1,6 +1,5 @@
 """`llm_course eval` as a user meets it: real models in folders, a real server, a process killed in the middle, files that are wrong."""
 import json
-import os
 import signal
 import subprocess
 import sys
