@@ -263,7 +263,7 @@ def _remarks(row: dict) -> str:
     said, d = [], row.get("difference")
     if d and d["difference"] is not None:
         said.append(f"{d['difference']:+.3f}: {d['verdict']}" + (f" (p {'' if d['p_adjusted'] < 1e-6 else '= '}{show_p(d['p_adjusted'])})" if "p_adjusted" in d else ""))
-    said += [f"{row[k]} {k}" for k in ("unanswered", "cut") if row[k]]
+    said += [f"{row[k]} {what}" for k, what in (("unanswered", "unanswered"), ("cut", "prompts cut to fit the context")) if row[k]]
     if (row["value"] or {}).get("missing"):
         said.append(f"{row['value']['missing']} not graded")
     if row.get("clean") is not None:

@@ -221,9 +221,9 @@ class ModelLM:
         return out
 
     def prompt_ids(self, prompt: str | list[dict], max_new_tokens: int) -> list[int]:
-        "Ids of a text to continue or of a conversation to answer, without the beginning where it does not fit."
+        "Ids of a text to continue or of a conversation to answer; where they leave no room for the answer, without the beginning, but half of the context at least."
         ids = start_ids(self.tokenizer) + self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.chat(prompt, add_generation_prompt=True)[0]
-        room = max(1, self.context - max_new_tokens)
+        room = max(self.context - max_new_tokens, self.context // 2)
         self.cut += len(ids) > room
         return ids[-room:] or [self.tokenizer.end_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id]
 
@@ -348,7 +348,7 @@ class TransformersLM:
         for p in prompts:
             text = p if isinstance(p, str) else self.hf.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
             ids = self.hf.encode(text, add_special_tokens=isinstance(p, str))
-            room = max(1, self.max_len - max_new_tokens)
+            room = max(self.max_len - max_new_tokens, self.max_len // 2)
             self.cut += len(ids) > room
             ids = ids[-room:] or [self.prefix]
             with torch.random.fork_rng():                # the caller's random numbers stay as they are
