@@ -8,7 +8,7 @@ from pathlib import Path
 from llm_course.benchmarks import blimp_suite, completion_suite, gsm8k_suite, mmlu_suite
 from llm_course.gguf_io import find_smollm2, from_gguf
 from llm_course.lm import ModelLM
-from llm_course.suites import run_suite, shipped_suites
+from llm_course.suites import Suite, run_suite, shipped_suites
 from record import arguments, rounded, save, testdata
 
 
@@ -19,10 +19,16 @@ def later(module: str, name: str):
     return call
 
 
+def mmlu_cloze(folder: Path) -> Suite:
+    "MMLU without letters or examples: which answer, written out, is the likeliest after the question?"
+    items = mmlu_suite(folder / "mmlu" / "test", folder / "mmlu" / "dev").items
+    return completion_suite([{"id": i["id"], "pairs": [(f"Question: {i['question']}\nAnswer:", f" {c}") for c in i["choices"]], "gold": i["answer"]} for i in items], "mmlu_cloze")
+
+
 def recipes(folder: Path) -> dict:
     "Each suite with how many of its items are asked (0: all)."
     core = lambda name: lambda: completion_suite(folder / "core" / f"{name}.jsonl")
-    return {"blimp": (lambda: blimp_suite(folder / "blimp"), 0), "mmlu": (lambda: mmlu_suite(folder / "mmlu" / "test", folder / "mmlu" / "dev"), 700),
+    return {"blimp": (lambda: blimp_suite(folder / "blimp"), 0), "mmlu": (lambda: mmlu_suite(folder / "mmlu" / "test", folder / "mmlu" / "dev"), 700), "mmlu_cloze": (lambda: mmlu_cloze(folder), 700),
             **{n: (core(n), 500) for n in ("arc_easy", "arc_challenge", "piqa", "openbook_qa", "lambada_openai")}, "winogrande": (core("winogrande"), 0), "copa": (core("copa"), 0),
             "gsm8k": (lambda: gsm8k_suite(folder / "gsm8k" / "test_first700.jsonl", folder / "gsm8k" / "train_1000.jsonl", 5), 100),
             "ifeval": (lambda: later("ifeval", "ifeval_suite")(folder / "ifeval" / "input_data.jsonl"), 200),
