@@ -61,6 +61,8 @@ HELP = {"run": "the whole chain, from raw documents to an aligned, evaluated cha
         "report": "write metrics.json and report.html of what is finished", "chat": "talk to a model in the terminal",
         "serve": "offer a model to other programs (OpenAI's API) and to the browser",
         "label": "ask people which of two answers is better, on a page in the browser or in the terminal",
+        "doctor": "look at this machine: what is there, what is missing, what to do",
+        "copy-notebooks": "lay a copy of the course into a folder of your own",
         "plan": "memory, time and cost of a pretraining run before it starts"}
 
 
@@ -172,6 +174,11 @@ def parser() -> argparse.ArgumentParser:
         elif name == "report":
             s.add_argument("out", help="folder of the run")
             s.add_argument("--record", metavar="FILE", help="also write the figures, without texts, into one JSON file")
+        elif name == "doctor":
+            s.add_argument("--out", default=".", help="folder whose disk is looked at (default: this one)")
+        elif name == "copy-notebooks":
+            s.add_argument("folder", help="where the copy goes; files that are there are never overwritten")
+            s.add_argument("--clean", action="store_true", help="without the saved results")
         elif name == "plan":
             _plan_options(s)
         elif name == "label":
@@ -253,6 +260,21 @@ def _talk(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/10a_cli.ipynb #10ae0004
+def _start(args: argparse.Namespace) -> int:
+    "The commands `doctor` and `copy-notebooks`; the exit status of `doctor` is 1 where the course will not run."
+    from llm_course.course import copy_notebooks, doctor, doctor_text
+    if args.command == "doctor":
+        rows = doctor(args.out)
+        print(doctor_text(rows))
+        return int(any(r["state"] == "bad" for r in rows))
+    try:
+        files = copy_notebooks(args.folder, outputs=not args.clean)
+    except (FileExistsError, FileNotFoundError) as e:
+        raise UserError(str(e)) from None
+    print(f"{len(files)} files in {args.folder}\nOpen them with: jupyter lab {args.folder}")
+    return 0
+
+
 def _label(args: argparse.Namespace) -> int:
     "The command `label`; returns the exit status."
     from llm_course.labelling import label_command
@@ -283,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         talking = args.command in ("chat", "serve", "label")
-        special = {"chat": _talk, "serve": _talk, "plan": _plan, "label": _label, "report": _report}.get(args.command)
+        special = {"chat": _talk, "serve": _talk, "plan": _plan, "label": _label, "report": _report, "doctor": _start, "copy-notebooks": _start}.get(args.command)
         if args.command == "eval" and (args.models or args.list):
             special = _compare
         return (special or _chain)(args) or 0

@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 from .reading import UserError
-from .world import data_path
+from .course import data_path
 from .generate import Sampling
 from .chat import Session, Stats, fit_context, load_session, model_folder, text_pieces
 

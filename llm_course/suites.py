@@ -21,7 +21,7 @@ import yaml
 from .intervals import summarise_metric
 from .lm import LM
 from .reading import DataError, UserError, read_rows, write_json
-from .world import data_path
+from .course import data_path
 
 # %% ../nbs/09_suites.ipynb #5d000007
 @dataclass(frozen=True)

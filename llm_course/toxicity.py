@@ -15,7 +15,7 @@ import numpy as np
 
 from .reading import UserError, _extra
 from .quality import Score
-from .world import data_path
+from .course import data_path
 
 # %% ../nbs/02b_toxicity.ipynb #c2ea16cd
 _DISGUISE = str.maketrans("013457@$€!", "oieastasei")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FORMS', 'STYLES', 'CARD_STYLES', 'DOCUMENT_SHARES', 'REPAIRED', 'ADDED', 'SFT_STYLES', 'KIND_SHARES',
-           'ANNOTATORS', 'PAIR_SHARES', 'WRONG', 'DOC_PACKAGES', 'data_path', 'vocabulary', 'Person', 'Village',
-           'make_village', 'fill', 'bio', 'State', 'story', 'check_story', 'split_of', 'recall_task', 'form_task',
-           'reading_questions', 'last_mentioned', 'reading_task', 'school_task', 'make_task', 'make_tasks', 'in_form',
-           'answer', 'accepted', 'grade', 'form_is_right', 'gold_reward', 'baselines', 'card', 'village_document',
-           'village_documents', 'inject_mess', 'sample_tasks', 'sft_answer', 'instruction_rows', 'wrong_answer',
-           'preference_rows', 'docstrings', 'python_docs', 'python_code']
+           'ANNOTATORS', 'PAIR_SHARES', 'WRONG', 'DOC_PACKAGES', 'vocabulary', 'Person', 'Village', 'make_village',
+           'fill', 'bio', 'State', 'story', 'check_story', 'split_of', 'recall_task', 'form_task', 'reading_questions',
+           'last_mentioned', 'reading_task', 'school_task', 'make_task', 'make_tasks', 'in_form', 'answer', 'accepted',
+           'grade', 'form_is_right', 'gold_reward', 'baselines', 'card', 'village_document', 'village_documents',
+           'inject_mess', 'sample_tasks', 'sft_answer', 'instruction_rows', 'wrong_answer', 'preference_rows',
+           'docstrings', 'python_docs', 'python_code']
 
 # %% ../nbs/01a_world.ipynb #cb5adf6a
 import ast
@@ -27,16 +27,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from .course import data_path
+
 # %% ../nbs/01a_world.ipynb #02d69458
-def data_path(name: str) -> Path:
-    "Path of a data file that the course ships, e.g. `data_path('village.json')`. Raises FileNotFoundError."
-    here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-    for folder in (here / "data", here.parent / "data", Path.cwd() / "data", Path.cwd().parent / "data"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{name} is not among the course's data files; reinstall the package llm_course")
-
-
 @cache
 def vocabulary() -> dict:
     "The village's names, values, wordings and stock phrases, from `data/village.json`."

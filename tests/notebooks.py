@@ -23,6 +23,24 @@ def load() -> None:
         import matplotlib.pyplot, nbdev.test, numpy, torch        # noqa: E401, F401
 
 
+def watch_exercises() -> list:
+    "A list that fills with the checks of the exercises that a notebook defines."
+    import llm_course.course as course
+    found, exercise = [], course.exercise
+    course.exercise = lambda check: found.append(exercise(check)) or found[-1]
+    return found
+
+
+def is_sound(check) -> bool:
+    "Did the check of an exercise say `right` to the solution, something else to another answer, and does it refuse an empty one?"
+    def empty(*args, **kw): ...
+    verdicts = [str(v) for v in check.verdicts]
+    faults = ["no answer was right"] * (not any(v.startswith("right") for v in verdicts)) + ["no wrong answer was shown to it"] * all(v.startswith("right") or "is still empty" in v for v in verdicts)
+    faults += ["an empty answer passes"] * (str(check(empty)) == "right" or str(check(lambda *args, **kw: [None][0])) == "right")
+    print(f"exercise {check.__name__}: {', '.join(faults)}") if faults else None
+    return not faults
+
+
 def execute(notebook: Path, output: Path) -> None:
     "In the new process: run all cells, what they print into a file, and end with status 0 if none failed."
     status = 1
@@ -36,8 +54,9 @@ def execute(notebook: Path, output: Path) -> None:
         sys.argv[1:] = []
         sys.path[:] = [p for p in sys.path if p != str(ROOT / "tests")]
         os.chdir(notebook.parent)
+        exercises = watch_exercises()
         good, _ = test_nb(notebook, skip_flags=get_config().tst_flags.split(), basepath=get_config().config_path)
-        status = int(not good)
+        status = int(not good or not all(map(is_sound, exercises)))
     except BaseException:
         traceback.print_exc()
     finally:

@@ -16,6 +16,11 @@ def cells(path: Path) -> list[dict]:
     return [c | {"source": c["source"] if isinstance(c["source"], str) else "".join(c["source"])} for c in found]
 
 
+def is_chapter(path: Path) -> bool:
+    "Chapters have the numbers 00 to 10; what comes after is guides and reference."
+    return path.stem != "00_index" and path.stem[:2] <= "10"
+
+
 def test_all_chapters_are_there():
     numbers = {p.stem.split("_")[0] for p in NOTEBOOKS}
     assert {"00", "00a", "01", "01a", "02", "02a", "02b", "02c", "03", "04", "04a", "04b", "05", "05a", "06", "07", "07a", "08", "09", "09a", "09b", "10"} <= numbers
@@ -39,7 +44,7 @@ def test_shape(path):
         for out in cell.get("outputs", []):
             assert out["output_type"] != "error", f"cell {n} failed when it was saved"
             assert out.get("name") != "stderr", f"cell {n} wrote to standard error"
-    if path.stem != "00_index":
+    if is_chapter(path):
         text = "\n".join(c["source"] for c in found if c["cell_type"] == "markdown")
         for part in ("In this chapter", "## Summary", "## Exercises", "## Go further"):
             assert part in text, f"no {part}"
@@ -65,7 +70,7 @@ def test_what_is_to_be_seen_was_saved(path):
 def test_each_entry_of_the_box_is_a_paragraph():
     "What you will build, need, and how long it takes: pandoc, which renders the site, joins lines that no blank line parts."
     pandoc = pytest.importorskip("pypandoc")
-    boxes = {p.stem: re.search(r"^::: {\.callout-note}\n## In this chapter\n.*?^:::$", "\n".join(c["source"] for c in cells(p)), re.M | re.S)[0] for p in NOTEBOOKS if p.stem != "00_index"}
+    boxes = {p.stem: re.search(r"^::: {\.callout-note}\n## In this chapter\n.*?^:::$", "\n".join(c["source"] for c in cells(p)), re.M | re.S)[0] for p in NOTEBOOKS if is_chapter(p)}
     rendered = pandoc.convert_text("\n\n".join(f"# {name}\n\n{box}" for name, box in boxes.items()), "html", format="markdown")
     joined = [name for name, html in re.findall(r"<h1[^>]*>(\w+)</h1>(.*?)(?=<h1|\Z)", rendered, re.S)
               if len(found := re.findall(r"<p><strong>(You will build|You need|Takes)</strong>", html)) != 3 or len(set(found)) != 3]
