@@ -14,7 +14,7 @@ help:
 	@echo "make lab     the course in JupyterLab"
 	@echo "make test    everything that must hold"
 	@echo "make docs    the site (needs Quarto)"
-	@echo "make readme  README.md from nbs/00_index.ipynb"
+	@echo "make readme  README.md, the API page and llms.txt from the notebooks"
 	@echo "make clean   remove .venv and what was generated, but not runs/"
 
 .venv/bin/python:
@@ -45,9 +45,10 @@ test: .setup-dev
 	$(BIN)/python tests/suite.py
 
 lab: .setup-dev
-	$(BIN)/jupyter lab nbs/00_index.ipynb
+	$(BIN)/jupyter lab nbs/00_start.ipynb
 
 readme: .setup-dev
+	$(BIN)/python tests/pages.py
 	$(BIN)/python tests/readme.py
 
 docs: .setup-dev

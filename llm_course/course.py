@@ -109,7 +109,7 @@ def copy_notebooks(folder: str | Path, outputs: bool = True) -> list[Path]:
 
     Returns the new files. Raises FileExistsError, before anything is written, where one of them is there already."""
     source, folder = notebook_folder(), Path(folder)
-    files = sorted(p for p in source.iterdir() if p.suffix in (".ipynb", ".png", ".bib") and not p.name.startswith((".", "_")))
+    files = sorted(p for p in source.iterdir() if p.suffix in (".ipynb", ".png", ".svg", ".bib") and not p.name.startswith((".", "_")))
     there = [p.name for p in files if (folder / p.name).exists()]
     if there:
         raise FileExistsError(f"{folder} already has {there[0]}{f' and {len(there) - 1} more' if len(there) > 1 else ''}; nothing was copied: give a new folder, or move your files away")

@@ -36,7 +36,7 @@ def sync() -> tuple[int, int]:
     for module in (ROOT / "llm_course").glob("*.py"):
         if module.name != "__init__.py":
             module.unlink()
-    ok = all(run(*c).returncode == 0 for c in ((str(BIN / "nbdev_export"),), (sys.executable, "tests/readme.py"), (str(BIN / "nbdev_clean"),)))
+    ok = all(run(*c).returncode == 0 for c in ((str(BIN / "nbdev_export"),), (sys.executable, "tests/pages.py"), (sys.executable, "tests/readme.py"), (str(BIN / "nbdev_clean"),)))
     after = tree()
     changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
     for name in changed:
