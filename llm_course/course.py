@@ -6,7 +6,7 @@
 __all__ = ['UNFILLED', 'COLOURS', 'data_path', 'missing_packages', 'doctor', 'doctor_text', 'notebook_folder', 'copy_notebooks',
            'is_unfilled', 'exercise', 'figure_style']
 
-# %% ../nbs/00_start.ipynb #57a70004
+# %% ../nbs/00_start.ipynb #57a70005
 import functools
 import importlib.metadata
 import json
@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-# %% ../nbs/00_start.ipynb #57a70007
+# %% ../nbs/00_start.ipynb #57a70008
 def data_path(name: str) -> Path:
     "Path of a data file that the course ships, e.g. `data_path('village.json')`. Raises FileNotFoundError."
     here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
@@ -27,7 +27,7 @@ def data_path(name: str) -> Path:
             return folder / name
     raise FileNotFoundError(f"{name} is not among the course's data files; reinstall the package llm_course")
 
-# %% ../nbs/00_start.ipynb #57a7000a
+# %% ../nbs/00_start.ipynb #57a7000b
 def missing_packages() -> dict[str, list[str]]:
     """For each optional extra of the installed package: the distributions that it needs and that are missing or too old. The key "" is what the
     package needs in any case. Empty where the package is imported from a folder without being installed."""
@@ -45,7 +45,7 @@ def missing_packages() -> dict[str, list[str]]:
             return False
     return {e: [str(r).split(";")[0].strip() for r in needed if (not r.marker or r.marker.evaluate({"extra": e})) and (not e or r.marker) and not good(r)] for e in extras}
 
-# %% ../nbs/00_start.ipynb #57a7000d
+# %% ../nbs/00_start.ipynb #57a7000e
 def _python_and_torch() -> list[dict]:
     import torch
     version, build = platform.python_version(), torch.__version__
@@ -74,7 +74,7 @@ def _machine(folder: Path) -> list[dict]:
 def _row(what: str, value: str, state: str, remedy: str) -> dict:
     return {"what": what, "value": value, "state": state, "remedy": "" if state == "ok" else remedy}
 
-# %% ../nbs/00_start.ipynb #57a7000e
+# %% ../nbs/00_start.ipynb #57a7000f
 def doctor(folder: str | Path = ".") -> list[dict]:
     """Look at Python, torch, the device, memory, cores, load, the free disk of `folder`, and what is installed: rows `{"what", "value", "state", "remedy"}`
     with the state `ok`, `note` or `bad`. Changes nothing."""
@@ -94,7 +94,7 @@ def doctor_text(rows: list[dict]) -> str:
     wide = max(len(r["what"]) for r in rows)
     return "\n".join(f"{r['state']:4}  {r['what']:{wide}}  {r['value']}" + (f"\n      {'':{wide}}  → {r['remedy']}" if r["remedy"] else "") for r in rows)
 
-# %% ../nbs/00_start.ipynb #57a70012
+# %% ../nbs/00_start.ipynb #57a70013
 def notebook_folder() -> Path:
     "Where the course's notebooks lie: in the installed package, or in the repository. Raises FileNotFoundError."
     here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
@@ -124,7 +124,7 @@ def copy_notebooks(folder: str | Path, outputs: bool = True) -> list[Path]:
             shutil.copyfile(path, folder / path.name)
     return [folder / p.name for p in files]
 
-# %% ../nbs/00_start.ipynb #57a70015
+# %% ../nbs/00_start.ipynb #57a70016
 UNFILLED = "{} is still empty: write it, run its cell, and check again"
 
 
@@ -155,16 +155,16 @@ def exercise(check: Callable[..., str]) -> Callable[..., str]:
     checked.verdicts = []
     return checked
 
-# %% ../nbs/00_start.ipynb #57a7001d
+# %% ../nbs/00_start.ipynb #57a7001e
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")   # Okabe and Ito, without yellow, which is lost on white
 
 
 def figure_style() -> None:
-    "Give matplotlib the look of the course: size in inches, colours, grid. Call it once in a notebook."
+    "Give matplotlib the look of the course: size in inches, colours, frame. Call it once in a notebook."
     import matplotlib
     from cycler import cycler
     matplotlib.rcParams.update({
         "figure.figsize": (6, 3.5), "figure.dpi": 100, "savefig.facecolor": "white", "figure.facecolor": "white", "axes.facecolor": "white",
-        "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6, "axes.axisbelow": True,
+        "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": False, "grid.alpha": 0.25, "grid.linewidth": 0.6, "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
         "legend.fontsize": 9, "legend.frameon": False, "lines.linewidth": 1.8, "image.cmap": "viridis", "font.family": "DejaVu Sans"})
