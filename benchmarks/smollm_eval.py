@@ -3,6 +3,7 @@
 Needs the file (see llm_course.gguf_io.find_smollm2) and the benchmarks of the test data. Answers are kept in runs/smollm_eval, so it can be
 stopped and started again; `--only` runs some suites."""
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from llm_course.benchmarks import blimp_suite, completion_suite, gsm8k_suite, mmlu_suite
@@ -32,7 +33,9 @@ def recipes(folder: Path) -> dict:
             **{n: (core(n), 500) for n in ("arc_easy", "arc_challenge", "piqa", "openbook_qa", "lambada_openai")}, "winogrande": (core("winogrande"), 0), "copa": (core("copa"), 0),
             "gsm8k": (lambda: gsm8k_suite(folder / "gsm8k" / "test_first700.jsonl", folder / "gsm8k" / "train_1000.jsonl", 5), 100),
             "ifeval": (lambda: later("ifeval", "ifeval_suite")(folder / "ifeval" / "input_data.jsonl"), 200),
+            "gsm8k_chat": (lambda: gsm8k_suite(folder / "gsm8k" / "test_first700.jsonl", chat=True, name="gsm8k_chat"), 100),
             "humaneval": (lambda: later("sandbox", "humaneval_suite")(folder / "HumanEval.jsonl.gz"), 0),
+            "humaneval_chat": (lambda: replace(later("sandbox", "humaneval_suite")(folder / "HumanEval.jsonl.gz", chat=True), name="humaneval_chat"), 0),
             **{name: ((lambda s: lambda: s)(s), 0) for name, s in shipped_suites().items()}}
 
 
