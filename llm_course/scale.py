@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from .course import course_folders
 from .reading import UserError
 from .counting import activation_bytes, count_parameters, flops_per_token
 from .curves import PEAK_TFLOPS
@@ -357,8 +358,7 @@ def disk_needs(settings: dict, parameters: int, tokens: int) -> dict[str, float]
 # %% ../nbs/05a_scale.ipynb #50c26d62
 def config_path(name: str) -> Path:
     "Path of a configuration that the course ships, e.g. `config_path('node_ddp.yaml')`. Raises UserError for another name."
-    here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-    folders = [f for f in (here / "configs", here.parent / "configs") if f.is_dir()]
+    folders = [f for f in course_folders("configs") if f.is_dir()]
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
