@@ -1,4 +1,4 @@
-"""BLiMP's minimal pairs (the phenomena of the test data) by the models of laptop runs, and by the same model before any training; and, for each phenomenon, how often the
+"""BLiMP's minimal pairs (the paradigms of the test data) by the models of laptop runs, and by the same model before any training; and, for each paradigm, how often the
 right sentence is the one of fewer tokens (ties count one half).
 
 Needs finished runs, for instance `llm_course run --size laptop` and `llm_course run --size laptop --set seed=1 --out runs/laptop_seed1`; their
@@ -35,7 +35,7 @@ def main():
             rows.append({"run": command_of(run), "stage": stage, **result["metrics"]["acc"], "by": {k: v["value"] for k, v in result["by"].items()}, "shorter": {k: sum(v) / len(v) for k, v in sizes.items()}})
             print({k: v for k, v in rows[-1].items() if k not in ("run", "by", "shorter")}, flush=True)
     if options.save:
-        save("blimp", f"accuracy on BLiMP, {len(suite.items)} pairs of {len(rows[0]['by'])} phenomena; stages of laptop runs", rounded({"rows": rows}), packages=("tokenizers",))
+        save("blimp", f"accuracy on BLiMP, {len(suite.items)} pairs of {len(rows[0]['by'])} paradigms; stages of laptop runs", rounded({"rows": rows}), packages=("tokenizers",))
 
 
 if __name__ == "__main__":

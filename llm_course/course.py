@@ -72,7 +72,7 @@ def _machine(folder: Path) -> list[dict]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     busy, threads = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), torch.get_num_threads()
-    return [_row("memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free", "ok" if memory.available > 2e9 else "note", "close other programs; a run of the size laptop needs 1 GB"),
+    return [_row("memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free", "ok" if memory.available > 2e9 else "note", "close other programs; a run of the size laptop wants some 2 GB"),
             _row("cores", f"{cores} usable, {threads} threads of torch", "ok" if threads <= cores else "note", f"more threads than cores are slow: set OMP_NUM_THREADS={cores}"),
             _row("load", f"{busy:.1f} on {cores} cores", "ok" if busy < 0.75 * cores + 0.5 else "note", "something else is running: training on shared cores can be many times slower; OMP_NUM_THREADS=1 hurts least"),
             _row("disk", f"{disk.free / 1e9:.1f} GB free in {folder}", "ok" if disk.free > 2e9 else "bad" if disk.free < 3e8 else "note", "free some space, or give --out a folder on another disk")]
