@@ -8,16 +8,11 @@ from pathlib import Path
 
 from llm_course.benchmarks import blimp_suite, completion_suite, gsm8k_suite, mmlu_suite
 from llm_course.gguf_io import find_smollm2, from_gguf
+from llm_course.ifeval import ifeval_suite
 from llm_course.lm import ModelLM
+from llm_course.sandbox import humaneval_suite
 from llm_course.suites import Suite, run_suite, shipped_suites
 from record import arguments, rounded, save, testdata
-
-
-def later(module: str, name: str):
-    "A function that is imported when it is called."
-    def call(*args, **kw):
-        return getattr(__import__(f"llm_course.{module}", fromlist=[name]), name)(*args, **kw)
-    return call
 
 
 def mmlu_cloze(folder: Path) -> Suite:
@@ -32,10 +27,10 @@ def recipes(folder: Path) -> dict:
     return {"blimp": (lambda: blimp_suite(folder / "blimp"), 0), "mmlu": (lambda: mmlu_suite(folder / "mmlu" / "test", folder / "mmlu" / "dev"), 700), "mmlu_cloze": (lambda: mmlu_cloze(folder), 700),
             **{n: (core(n), 500) for n in ("arc_easy", "arc_challenge", "piqa", "openbook_qa", "lambada_openai")}, "winogrande": (core("winogrande"), 0), "copa": (core("copa"), 0),
             "gsm8k": (lambda: gsm8k_suite(folder / "gsm8k" / "test_first700.jsonl", folder / "gsm8k" / "train_1000.jsonl", 5), 100),
-            "ifeval": (lambda: later("ifeval", "ifeval_suite")(folder / "ifeval" / "input_data.jsonl"), 200),
+            "ifeval": (lambda: ifeval_suite(folder / "ifeval" / "input_data.jsonl"), 200),
             "gsm8k_chat": (lambda: gsm8k_suite(folder / "gsm8k" / "test_first700.jsonl", chat=True, name="gsm8k_chat"), 100),
-            "humaneval": (lambda: later("sandbox", "humaneval_suite")(folder / "HumanEval.jsonl.gz"), 0),
-            "humaneval_chat": (lambda: replace(later("sandbox", "humaneval_suite")(folder / "HumanEval.jsonl.gz", chat=True), name="humaneval_chat"), 0),
+            "humaneval": (lambda: humaneval_suite(folder / "HumanEval.jsonl.gz"), 0),
+            "humaneval_chat": (lambda: replace(humaneval_suite(folder / "HumanEval.jsonl.gz", chat=True), name="humaneval_chat"), 0),
             **{name: ((lambda s: lambda: s)(s), 0) for name, s in shipped_suites().items()}}
 
 

@@ -31,13 +31,13 @@ def page_of(path: Path) -> str:
 
 def llms_txt() -> str:
     "The site for readers that are programs, after llmstxt.org."
-    parts = {"Chapters": "0", "Chapters ": "1", "Guides": "2", "Reference": "3"}
+    parts = {"Chapters": "01", "Guides": "2", "Reference": "3"}
     lines = ["# llm_course", "", f"> {head(NBS / '00_index.ipynb')[1]}", "",
              "Each chapter is a notebook; the cells marked as exported are the package `llm_course`. Plain notebooks: "
              f"https://github.com/{REPOSITORY}/tree/main/nbs", ""]
-    for name, digit in parts.items():
-        found = [p for p in notebooks() if p.stem[0] == digit]
-        lines += [] if name.endswith(" ") else ["" if lines[-1] else None, f"## {name}", ""]
+    for name, digits in parts.items():
+        found = [p for p in notebooks() if p.stem[0] in digits]
+        lines += ["" if lines[-1] else None, f"## {name}", ""]
         lines += [f"- [{head(p)[0]}]({SITE}/{page_of(p)}): {head(p)[1]}" for p in found]
     return "\n".join(line for line in lines if line is not None) + "\n"
 

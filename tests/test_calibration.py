@@ -15,7 +15,7 @@ from llm_course.calibration import (agreement_by, bradley_terry, calibrate_thres
 from llm_course.reading import UserError
 from llm_course.labelling import label_agreement
 from llm_course.votes import cohen_kappa, krippendorff_alpha, pair_alpha
-from llm_course.world import data_path
+from llm_course.course import data_path
 
 ROOT = Path(__file__).resolve().parent.parent
 fuzz = settings(max_examples=60, deadline=None, derandomize=True)

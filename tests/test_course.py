@@ -2,6 +2,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_doctor_says_what_to_do(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert all(word in out for word in ("Python", "torch", "memory", "cores", "disk", "sandbox"))
     import shutil
-    monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**10, 10**10, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=1000))
     assert main(["doctor"]) == 1
     assert "free some space" in capsys.readouterr().out
 
@@ -50,11 +51,11 @@ def test_no_notebook_needs_the_folder_of_the_repository():
     "What a chapter reads lies inside the package; so a copy elsewhere, or Colab, has it too."
     for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] == "code" and path.stem != "00_index":
+            if cell["cell_type"] == "code":
                 assert not re.search(r"[\"'](?:\.\./)+(?:data|tests|benchmarks|configs|nbs|llm_course)", text_of(cell)), (path.stem, cell["id"])
 
 
-@pytest.mark.parametrize("path", [p for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")) if p.stem != "00_index"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("[0-9]*.ipynb")), ids=lambda p: p.stem)
 def test_the_first_cell_installs_what_is_missing(path):
     code = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     assert not code or "llm_course[course]" in text_of(code[0])
@@ -62,8 +63,8 @@ def test_the_first_cell_installs_what_is_missing(path):
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_exercises_have_one_shape(path):
-    """Three to six, numbered; each check is decorated and folded, called on something that is not filled in, and says `right` to a solution
-    (the runner of the notebooks looks at what it really says)."""
+    """Three to six, numbered; each check is decorated and folded, called on something that is not filled in. What it says to
+    the solution, to a wrong answer and to an empty one, the runner of the notebooks looks at."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     start = next(k for k, c in enumerate(cells) if c["cell_type"] == "markdown" and re.search(r"^## Exercises", text_of(c), re.M))
     prose = "\n".join(text_of(c) for c in cells if c["cell_type"] == "markdown")
@@ -76,6 +77,5 @@ def test_exercises_have_one_shape(path):
         defined = next(s for s in code if re.search(rf"^def {name}\b", s, re.M))
         assert path.stem == "00_start" or defined.startswith('#| code-fold: true\n#| code-summary: "The check"'), name
         assert any(re.search(rf"^print\({name}\(|^{name}\(", s, re.M) for s in code), f"{name} is never called for the reader"
-        assert any(re.search(rf"{name}\(.+\), \"right\"|{name}\(.+\) == \"right\"|right", s) and name in s and s.startswith(("#| code-fold", "#| hide")) and s != defined for s in code), f"{name}: no solution"
     undecorated = [n for c in cells[start:] if c["cell_type"] == "code" for n in re.findall(r"(?<!@exercise\n)^def (check_\w+)", text_of(c), re.M)]
     assert not undecorated, undecorated

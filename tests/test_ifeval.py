@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llm_course.ifeval import CHECKERS, RELATIONS, arguments_of, follows, follows_loosely, grade_ifeval, ifeval_suite, loose_variants, misfit, read_ifeval, split_sentences
 from llm_course.reading import DataError, UserError, write_jsonl
 from llm_course.suites import run_suite
-from llm_course.world import data_path
+from llm_course.course import data_path
 from timing import assert_linear, cpu_seconds
 
 fuzz = settings(max_examples=60, deadline=None, derandomize=True)

@@ -16,7 +16,8 @@ from llm_course.model import ModelConfig, Transformer  # noqa: E402
 from llm_course.reading import read_rows  # noqa: E402
 from llm_course.suites import limited, run_suite  # noqa: E402
 from llm_course.tokenizer import train_tokenizer  # noqa: E402
-from llm_course.world import data_path, make_village, village_documents  # noqa: E402
+from llm_course.course import data_path
+from llm_course.world import make_village, village_documents  # noqa: E402
 
 CONTEXT = 512
 

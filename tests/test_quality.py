@@ -87,7 +87,7 @@ def test_linear_time(piece):
 
 
 def test_the_bundled_list_holds_hashes_only():
-    from llm_course.world import data_path
+    from llm_course.course import data_path
     lines = data_path("rude_words.txt").read_text(encoding="utf-8").splitlines()
     assert all(line.startswith("#") or (len(line) == 16 and set(line) <= set("0123456789abcdef")) for line in lines)
 

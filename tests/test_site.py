@@ -40,7 +40,6 @@ def anchors(site) -> dict[str, set[str]]:
     found = {}
     for name, cells in site.items():
         text = "\n\n".join(text_of(c) for c in cells if c["cell_type"] == "markdown")
-        text = re.sub(r"`[^`\n]*`|\$[^$\n]+\$", lambda m: m[0], text)
         found[name] = set(re.findall(r'<(?:h[1-6]|section|div|span)[^>]*\bid="([^"]+)"', pandoc.convert_text(text, "html", format="markdown", extra_args=["--mathjax"])))
     return found
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llm_course.reward import bradley_terry_loss
-from llm_course.world import data_path
+from llm_course.course import data_path
 
 trl = pytest.importorskip("trl")
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_course.world import (FORMS, KINDS, STYLES, answer, baselines, check_story, data_path, docstrings, fill, form_is_right, gold_reward, grade, inject_mess,
+from llm_course.course import data_path
+from llm_course.world import (FORMS, KINDS, STYLES, answer, baselines, check_story, docstrings, fill, form_is_right, gold_reward, grade, inject_mess,
                               instruction_rows, last_mentioned, make_task, make_tasks, make_village, preference_rows, python_code, python_docs, sft_answer, split_of, story,
                               village_documents, wrong_answer)
 from timing import assert_linear, cpu_seconds
