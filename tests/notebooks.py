@@ -14,13 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 450                                         # seconds a notebook
 CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
-LONG = ("05_failures", "02e_engines", "10_pipeline", "01a_world", "00a_tasks", "05_curves", "07a_ppo", "05b_scaling", "05_checkpoints", "05a_scale")
+LONG = ("05_failures", "05_loop", "00a_tasks", "04_architecture", "08_dpo", "02b_quality", "05a_zero", "06_sft", "09_likelihood", "05_pretraining", "10_pipeline", "04_recipes",
+        "02a_dedup", "03_bpe", "02e_engines", "01a_world", "05_curves", "07a_ppo")
 
 
 def load() -> None:
     "What most notebooks need. Elsewhere than on Linux it isn't safe to fork with these loaded."
     if sys.platform == "linux":
-        import matplotlib.pyplot, nbdev.test, numpy, torch        # noqa: E401, F401
+        import accelerate, matplotlib.pyplot, nbdev.test, numpy, torch._dynamo, transformers.models.llama.modeling_llama        # noqa: E401, F401
 
 
 def watch_exercises() -> list:

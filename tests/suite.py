@@ -62,9 +62,10 @@ def notebooks() -> tuple[int, int]:
 
 
 def pytest() -> tuple[int, int]:
-    "The tests of `tests/`, as many files at a time as there are cores, the longest first: else the last one runs alone while the other cores wait."
+    """The tests of `tests/`, one file more at a time than there are cores, since many tests wait for processes of their own; the longest first:
+    else the last one runs alone while the other cores wait."""
     files = sorted(ROOT.glob("tests/test_*.py"), key=lambda f: (LONG.index(f.stem[5:]) if f.stem[5:] in LONG else len(LONG), f.name))
-    done = run(sys.executable, "-m", "pytest", *(str(f.relative_to(ROOT)) for f in files), "--durations=8", "-n", str(CORES), "--dist", "loadfile", "--no-loadscope-reorder",
+    done = run(sys.executable, "-m", "pytest", *(str(f.relative_to(ROOT)) for f in files), "--durations=8", "-n", str(CORES + 1), "--dist", "loadfile", "--no-loadscope-reorder",
                limit=PYTEST_LIMIT, capture_output=True, text=True)
     print(done.stdout[-12_000:], done.stderr[-4000:], sep="")
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?)", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")}
