@@ -95,7 +95,7 @@ def dataset_rows(spec: dict, n_bytes: int, local_dir: str = "") -> Iterator[tupl
             return
         yield where, row
 
-
+# %% ../nbs/02d_corpus.ipynb #7ebe7745
 def _local_rows(path: Path, spec: dict) -> Iterator[tuple[str, dict]]:
     if path.is_dir() and any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json", "state.json")):
         data = datasets_library().load_from_disk(str(path))
@@ -104,7 +104,7 @@ def _local_rows(path: Path, spec: dict) -> Iterator[tuple[str, dict]]:
     else:
         yield from read_rows(path)
 
-
+# %% ../nbs/02d_corpus.ipynb #d9b077f0
 def _hub_rows(spec: dict) -> Iterator[tuple[str, dict]]:
     try:
         data = datasets_library().load_dataset(spec["name"], spec.get("config"), split=spec.get("split", "train"), streaming=True)
@@ -119,7 +119,7 @@ def _hub_rows(spec: dict) -> Iterator[tuple[str, dict]]:
     for i, row in enumerate(chain(first, rows), 1):
         yield f"{spec['name']}:row {i}", dict(row)
 
-
+# %% ../nbs/02d_corpus.ipynb #112cc6b0
 def datasets_library():
     "The package `datasets`. Raises UserError, naming the extra, where it is not installed."
     try:
@@ -392,7 +392,7 @@ def screen(work: Path, rank: int = 0, world: int = 1) -> None:
             steps = [_step("duplicates", docs, unique, {k: len(v) for k, v in removed_ids.items()}), _step("decontamination", unique, clear, leaks["removed"])]
             write_json(out / "report.json", {"steps": steps, "removed_ids": removed_ids | leaks["removed_ids"]})
 
-
+# %% ../nbs/02d_corpus.ipynb #8f0329b4
 def score(work: Path, rank: int = 0, world: int = 1) -> None:
     "Perplexity of the documents of the sources in `keep_fraction`, NaN for the others and the reference: `score/<shard>.npy`."
     fractions, screened = read_plan(work)["keep_fraction"], [_target(work, "screen", s) for s in _shards(work)]
@@ -421,7 +421,7 @@ def _records(work: Path) -> tuple[list[dict], DocumentFiles]:
             records.append({"number": len(records), "id": d["id"], "source": d["source"], "bytes": _bytes_of(d["text"]), "score": s})
     return records, files
 
-
+# %% ../nbs/02d_corpus.ipynb #64a130ef
 def _surprising(records: list[dict], fractions: dict[str, float]) -> list[dict]:
     "The records to drop: of each source the share `1 - fraction` with the highest perplexity, of equals the later."
     gone = []
@@ -475,6 +475,6 @@ def assemble(work: Path, rank: int = 0, world: int = 1) -> None:
         write_jsonl(out / "val.jsonl", plain(val))
         write_json(out / "funnel.json", _funnel(work, records, gone) | {"mixture": mixture})
 
-
+# %% ../nbs/02d_corpus.ipynb #2176b1d4
 CORPUS_STAGES: dict[str, tuple[Callable, bool]] = {"split": (split, True), "clean": (clean, True), "match": (match, False), "screen": (screen, True),
                                                    "score": (score, True), "assemble": (assemble, False)}     # name -> function, may it be divided?

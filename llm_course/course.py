@@ -137,6 +137,8 @@ UNFILLED = "{} is still empty: write it, run its cell, and check again"
 def is_unfilled(answer: object) -> bool:
     "Has a function no body yet, but a docstring, `...` or `pass`?"
     import dis
+    if isinstance(answer, type):      # a class without methods of its own
+        return not any(callable(v) for v in vars(answer).values())
     if not hasattr(answer, "__code__"):
         return answer is None or answer is ...
     steps = [(s.opname, s.argval) for s in dis.get_instructions(answer) if s.opname not in ("RESUME", "NOP", "CACHE")]
@@ -151,7 +153,7 @@ def exercise(check: Callable[..., str]) -> Callable[..., str]:
         name = getattr(answer, "__name__", "your answer")
         name = "your function" if name == "<lambda>" else name
         try:
-            said = UNFILLED.format(name if hasattr(answer, "__code__") else "the answer") if is_unfilled(answer) else check(answer, *rest, **options)
+            said = UNFILLED.format(name if hasattr(answer, "__code__") or isinstance(answer, type) else "the answer") if is_unfilled(answer) else check(answer, *rest, **options)
         except Exception as error:
             inside = [f for f in traceback.extract_tb(error.__traceback__) if f.name == getattr(getattr(answer, "__code__", None), "co_name", None)]
             where = f"{name} raised, in its line {inside[-1].lineno - answer.__code__.co_firstlineno + 1}" if inside else f"the check could not use what {name} returned"

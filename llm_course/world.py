@@ -55,7 +55,7 @@ class Village:
         "The people of one split: `train`, `val` or `test`."
         return [p for p in self.people if p.split == split]
 
-
+# %% ../nbs/01a_world.ipynb #52ded386
 def make_village(seed: int = 0, n_people: int = 80, shares: tuple[float, float] = (0.6, 0.1)) -> Village:
     """A village of `n_people` (at most 160); the first share is train, the second val, the rest test.
 
@@ -72,7 +72,7 @@ def make_village(seed: int = 0, n_people: int = 80, shares: tuple[float, float] 
         people.append(Person(name, pronoun, split, facts))
     return Village(tuple(people), seed)
 
-
+# %% ../nbs/01a_world.ipynb #ef0e4763
 def _deal(rng: random.Random, spec: dict, n: int) -> list[tuple[str, ...]]:
     "Values for `n` people, dealt like cards: each value once before any comes again."
     count, cards = spec.get("count", 1), []
@@ -94,11 +94,12 @@ def bio(people: list[Person], rng: random.Random) -> str:
     "A text about some people: five to seven facts each, in random order and wording."
     vocab, sentences = vocabulary(), []
     for p in people:
+        begin = len(sentences)
         if rng.random() < 0.5:
             sentences.append(fill(rng.choice(vocab["bio_openings"]), N=p.name))
         for a in rng.sample(list(p.facts), rng.randint(5, 7)):
             template = rng.choice(vocab["attributes"][a]["statements"])
-            pronoun = template.startswith("{N}") and bool(sentences) and rng.random() < 0.2
+            pronoun = template.startswith("{N}") and len(sentences) > begin and rng.random() < 0.2
             sentences.append(fill(template, N=p.pronoun.title() if pronoun else p.name, **_slots(p.facts[a])))
             if rng.random() < 0.06:
                 sentences.append(rng.choice(vocab["bio_asides"]))
