@@ -62,6 +62,8 @@ def cache_bytes(c: ModelConfig, tokens: int = 1, bytes_per_number: int = 2) -> i
 def decode_bound(c: ModelConfig, batch: int, context: int, bandwidth: float, flops: float, bytes_per_number: int = 2) -> float:
     """Tokens per second, over the whole batch, that decoding cannot exceed (the roofline of Williams et al., 2009).
 
-    A step reads all weights and each sequence's cache once at `bandwidth` bytes per second, or is limited by `flops` operations per second."""
-    read = bytes_per_number * count_parameters(c)["total"] + batch * cache_bytes(c, context, bytes_per_number)
+    A step reads the weights and each sequence's cache once at `bandwidth` bytes per second, or is limited by `flops` operations per second.
+    An embedding that the output does not share is only looked up, and not counted as read."""
+    weights = count_parameters(c)["total"] - (0 if c.tie_embeddings else c.vocab_size * c.dim)
+    read = bytes_per_number * weights + batch * cache_bytes(c, context, bytes_per_number)
     return batch / max(read / bandwidth, batch * forward_flops(c, context)["total"] / flops)
