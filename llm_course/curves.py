@@ -360,7 +360,7 @@ def run_peak(trainer: Trainer) -> float | None:
 # %% ../nbs/05_curves.ipynb #160f01a9
 class Progress(Callback):
     """Loss, tokens a second, utilisation (MFU) and the time left, on standard error of the main process: a bar in a terminal, in a file
-    or a pipe one line at most every `seconds`, in a notebook nothing (that is what `LivePlot` is for). `disable`: True for never, False for a bar always."""
+    or a pipe one line at most every `seconds`, in a notebook nothing (that is what `LivePlot` is for). `disable`: True for never, False for a bar always (in a notebook on standard output)."""
 
     def __init__(self, name: str = "", disable: bool | None = None, seconds: float = 60.0):
         self.name, self.disable, self.seconds = name, disable, seconds
@@ -370,7 +370,8 @@ class Progress(Callback):
         hidden = self.disable or not trainer.accelerator.is_main_process
         bar = not hidden and (self.disable is False or sys.stderr.isatty())
         self.plain = not hidden and not bar and not _in_notebook()
-        self.bar = tqdm(total=trainer.config.steps, initial=trainer.n_steps, desc=self.name, disable=not bar, mininterval=0.5, dynamic_ncols=True)
+        self.bar = tqdm(total=trainer.config.steps, initial=trainer.n_steps, desc=self.name, disable=not bar, mininterval=0.5, dynamic_ncols=True,
+                        file=sys.stdout if _in_notebook() else sys.stderr)     # Jupyter paints standard error red
         self.peak = run_peak(trainer) if bar or self.plain else None
         self.start, self.last, self.tokens, self.steps = time.perf_counter(), time.perf_counter(), trainer.tokens, trainer.n_steps
 

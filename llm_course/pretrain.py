@@ -113,7 +113,8 @@ def pretrain(model: Transformer, rows: Sequence, config: TrainConfig, folder: st
              eval_every: int = 0, callbacks: Sequence[Callback] = ()) -> Trainer:
     """Train a model on packed rows, by next-token prediction or, an encoder on `MaskedRows`, by filling blanks.
 
-    Returns the trainer, whose `history` holds the curve."""
+    With `val_rows` their loss is measured every `eval_every` steps (0: at the end only). Into a `folder` it writes checkpoints, and the same
+    call goes on from the newest. Returns the trainer, whose `history` holds the curve. Raises UserError as `Trainer`."""
     held_out = [Evaluate(val_rows, eval_every or config.steps)] if len(val_rows) else []
     moving = [NewBlanks(rows)] if isinstance(rows, MaskedRows) else []
     trainer = Trainer(model, packed_loss, rows, config, stack_rows, folder, [*moving, *held_out, *callbacks])

@@ -161,7 +161,7 @@ def _numbers(runs: Sequence[dict], *keys: str) -> list[np.ndarray]:
             raise UserError(f"run {i} has {', '.join(f'{k}={v:g}' for k, v in zip(keys, rows[-1]))}; all must be finite and above 0: leave failed runs out")
     return [np.array(column) for column in zip(*rows)] if rows else [np.zeros(0)] * len(keys)
 
-
+# %% ../nbs/05b_scaling.ipynb #4d940585
 def _columns(runs: Sequence[dict], size: str) -> tuple[np.ndarray, ...]:
     "Parameters, tokens and loss of runs, checked: there must be enough of them, and sizes that do not only grow with the tokens."
     N, D, L = _numbers(runs, size, "tokens", "loss")
@@ -171,20 +171,20 @@ def _columns(runs: Sequence[dict], size: str) -> tuple[np.ndarray, ...]:
         raise UserError(f"all {len(N)} runs have tokens in step with their size, so nobody can say which of the two lowered the loss; give several sizes for one budget")
     return N, D, L
 
-
+# %% ../nbs/05b_scaling.ipynb #cf1ea33f
 def _starts(L: np.ndarray) -> np.ndarray:
     "Starting points, in logarithms taken at the middle of the runs: floors and shares of the loss from small to large, exponents too."
     parts = [np.log(L.min() * np.array([0.2, 0.5, 0.8, 0.95])), *[np.log(L.mean() * np.array([0.02, 0.1, 0.3, 0.8]))] * 2, *[np.array([0.1, 0.3, 0.6, 1.0])] * 2]
     return np.stack(np.meshgrid(*parts, indexing="ij"), -1).reshape(-1, 5)
 
-
+# %% ../nbs/05b_scaling.ipynb #88adc4e5
 def _law(theta: np.ndarray, centre: tuple[float, float]) -> Law:
     e, a, b, alpha, beta = theta.tolist()
     if max(abs(e), abs(a + alpha * centre[0]), abs(b + beta * centre[1])) > 700:      # e^710 is beyond the largest number
         raise UserError("the runs do not hold the law: a constant left the range of numbers; give more sizes, more budgets, or runs that scatter less")
     return Law(math.exp(e), math.exp(a + alpha * centre[0]), math.exp(b + beta * centre[1]), alpha, beta)
 
-
+# %% ../nbs/05b_scaling.ipynb #da93b58f
 def fit_law(runs: Sequence[dict], size: str = "parameters", delta: float = 1e-3) -> Law:
     """The `Law` closest to `runs`, dicts with `size`, `tokens` and `loss`: Huber loss of the logarithms, from some thousand starts.
 

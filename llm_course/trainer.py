@@ -540,7 +540,7 @@ def kept_records(path: Path, last_step: int) -> list[dict]:
             pass
     return [r for r in records if r["step"] <= last_step]
 
-
+# %% ../nbs/05_loop.ipynb #8a4d21c1
 def log_record(trainer: "Trainer", record: dict) -> None:
     "Keep a record in the history, and on the main process write it to the log."
     trainer.history.append(record)
@@ -548,7 +548,7 @@ def log_record(trainer: "Trainer", record: dict) -> None:
         with open(trainer.folder / "log.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
 
-
+# %% ../nbs/05_loop.ipynb #bf380ba7
 def resume(trainer: "Trainer") -> None:
     "Put the folder in order, load its newest whole checkpoint, if there is one, and cut the log after it. Warns of settings that have changed since."
     t, log = trainer, trainer.folder / "log.jsonl"
@@ -568,7 +568,7 @@ def _whole_checkpoint(folder: Path) -> Path | None:
     recover(folder)
     return newest_checkpoint(folder)
 
-
+# %% ../nbs/05_loop.ipynb #03a82b83
 def _warn_of_changes(trainer: "Trainer", checkpoint: Path) -> None:
     then = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("run", {})
     if trainer.accelerator.is_main_process and (changes := resume_changes(then, _run_state(trainer))):
@@ -622,7 +622,8 @@ class Trainer:
     `data[i]` is example i, `collate(examples)` makes a dict of tensors. `loss_fn(model, batch)` returns `(loss_sum, count,
     metrics)`; metrics are sums over the same units as count. With `folder`, checkpoints go to `folder/checkpoints`, one log line
     a logged step to `folder/log.jsonl`, and `fit` goes on from the newest checkpoint. `model` is changed in place; where its weights
-    are sharded, `whole_model` gives one to save or to generate with."""
+    are sharded, `whole_model` gives one to save or to generate with. `groups` are parameter groups of your own, for AdamW (default:
+    `step.decay_groups`). Raises UserError for data or settings with which no step could be taken, and as `make_accelerator`."""
 
     def __init__(self, model: nn.Module, loss_fn: Callable, data: Sequence, config: TrainConfig, collate: Callable,
                  folder: str | Path | None = None, callbacks: Sequence[Callback] = (), groups: list[dict] | None = None):
