@@ -298,7 +298,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 # %% ../nbs/10a_cli.ipynb #401ba8bc
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `llm_course`; returns the exit status: 0, 1 for a plan that does not fit, 2 for what the user can mend, 130 when stopped, 141 when
+    """The command `llm_course`; returns the exit status: 0, 1 for a plan that does not fit and a machine that `doctor` finds unfit, 2 for what the user can mend, 130 when stopped, 141 when
     nobody reads its output any more. Programming errors raise."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")   # before torch is loaded: threads that spin for long starve each other on busy cores
     talking = False

@@ -211,7 +211,7 @@ def run_all(models: Iterable[LM], suites: Sequence[Suite], folder: str | Path | 
         raise UserError("no model could answer anything:\n" + "\n".join(f"{s}: {m}: {why}" for s, by in skipped.items() for m, why in by.items()))
     return results, skipped
 
-
+# %% ../nbs/09c_comparison.ipynb #734e2fda
 def adjusted(tests: Sequence[dict]) -> None:
     "Add `p_adjusted` (Holm) to the results of `compare` that stand in one table; a verdict that does not survive it says so."
     tested = [t for t in tests if t["p"] is not None]
@@ -220,7 +220,7 @@ def adjusted(tests: Sequence[dict]) -> None:
         if p >= 0.05 and test["verdict"].endswith("is better"):
             test["verdict"] += f" if it were the only test, but not among {len(tested)}"
 
-
+# %% ../nbs/09c_comparison.ipynb #982e044f
 def compared(results: dict[str, dict[str, dict]], suites: Sequence[Suite], leaks: dict[str, dict] | None = None) -> list[dict]:
     """One row for each suite and model: `metric`, `value` with interval, `clean` (the same without leaked items), `difference` from the first
     model of the suite by a paired test, `adjusted` for the number of tests, and what is `missing`, `unanswered` and `cut`."""
@@ -320,7 +320,7 @@ def graders_of(judge: Callable | None) -> dict[str, Grader]:
 def _asked(item: dict) -> str:
     return item["prompt"] if "prompt" in item else _shown(item["messages"])
 
-
+# %% ../nbs/09c_comparison.ipynb #32e4a6bd
 def evaluate_models(specs: Sequence[str], names: Sequence[str], out: str | Path, data: str | Path | None = None, judge: str | None = None, corpus: Sequence[str] = (),
                     limit: int | None = None, batch_size: int = 16, fetch: bool = False, chat: bool = True, say: Callable[[str], None] = print) -> dict:
     """Compare models on suites: everything that `llm_course eval MODEL…` does. Writes `comparison.json` and `comparison.html` into `out`, beside the

@@ -6,7 +6,7 @@
 __all__ = ['HELPS_TO_WAIT', 'PERHAPS_PAID', 'DRAWS', 'LOOPBACK', 'REMEDIES', 'Failure', 'Unreadable', 'EndpointError',
            'retry_after', 'failure_of', 'pause', 'persist', 'Request', 'AnswerCache', 'append', 'count_tokens',
            'most_tokens', 'estimate', 'SpendingLimit', 'Budget', 'sampling_fields', 'request_of', 'read_reply',
-           'secret', 'continuation_logp', 'in_order', 'paying', 'told', 'Endpoint', 'EndpointLM']
+           'secret', 'in_order', 'paying', 'told', 'Endpoint', 'EndpointLM', 'continuation_logp']
 
 # %% ../nbs/09_endpoints.ipynb #56664151
 import hashlib
@@ -328,31 +328,6 @@ def secret(url: str, key_variable: str) -> str:
         raise UserError(f"the key in {key_variable} would travel to {address.hostname} unencrypted: use https, or leave key_variable empty")
     return key
 
-# %% ../nbs/09_endpoints.ipynb #c8e7efba
-def _prompt_tokens(answer: dict, text: str) -> int:
-    "How many of the echoed tokens are the prompt's; 0 where they do not add up to it. Servers differ in whether they count, and echo, a token that begins documents."
-    found = answer["logprobs"]
-    ends = [*found["at"][1:], found["end"]]
-    fits = {len(text)} | ({len(text) + len(found["first"])} if not text.startswith(found["first"]) else set())
-    told = answer.get("tokens_in") or 0
-    counted = sum(at < len(text) for at in found["at"])
-    return next((n for n in (told, told - 1, counted) if 0 < n <= len(ends) and ends[n - 1] - found["at"][0] in fits), 0)
-
-
-def continuation_logp(answer: dict, context: str, continuation: str) -> tuple[float, bool]:
-    """Summed log-probability of the continuation in an echoed prompt, and whether each of its tokens was the likeliest.
-
-    Raises NotImplementedError where the prompt was not echoed with log-probabilities, or where its first token has none."""
-    found, n = answer.get("logprobs"), _prompt_tokens(answer, context + continuation) if answer.get("logprobs") else 0
-    if not n:
-        raise NotImplementedError("the server does not echo the prompt with log-probabilities")
-    ends = [*found["at"][1:], found["end"]]
-    inside = [i for i in range(n) if ends[i] - ends[n - 1] > -len(continuation)] if continuation else []
-    if any(found["logp"][i] is None for i in inside):
-        raise NotImplementedError("the server gives the first token of a text no probability: give bos, the text of a token that begins documents")
-    greedy = all(found["best"][i] is not None and found["logp"][i] >= found["best"][i] - 1e-9 for i in inside)
-    return sum(found["logp"][i] for i in inside), greedy
-
 # %% ../nbs/09_endpoints.ipynb #c36c1e3a
 def in_order(ask: Callable[[Request, threading.Event], dict], requests: Sequence[Request], concurrency: int) -> list[dict]:
     """`ask(request, stop)` for each request, at most `concurrency` at a time; answers in order, equal requests asked once.
@@ -548,3 +523,28 @@ class EndpointLM:
         e, answers = self.endpoint, self.endpoint.answers
         return {"name": self.name, "counts": dict(sorted(e.counts.items())), "spent": e.budget.spent, "cache": {"answers": len(answers.answers), "damaged": answers.damaged},
                 "models": sorted({a["model"] for a in list(answers.answers.values()) if a.get("model")})}
+
+# %% ../nbs/09_endpoints.ipynb #c8e7efba
+def _prompt_tokens(answer: dict, text: str) -> int:
+    "How many of the echoed tokens are the prompt's; 0 where they do not add up to it. Servers differ in whether they count, and echo, a token that begins documents."
+    found = answer["logprobs"]
+    ends = [*found["at"][1:], found["end"]]
+    fits = {len(text)} | ({len(text) + len(found["first"])} if not text.startswith(found["first"]) else set())
+    told = answer.get("tokens_in") or 0
+    counted = sum(at < len(text) for at in found["at"])
+    return next((n for n in (told, told - 1, counted) if 0 < n <= len(ends) and ends[n - 1] - found["at"][0] in fits), 0)
+
+
+def continuation_logp(answer: dict, context: str, continuation: str) -> tuple[float, bool]:
+    """Summed log-probability of the continuation in an echoed prompt, and whether each of its tokens was the likeliest.
+
+    Raises NotImplementedError where the prompt was not echoed with log-probabilities, or where its first token has none."""
+    found, n = answer.get("logprobs"), _prompt_tokens(answer, context + continuation) if answer.get("logprobs") else 0
+    if not n:
+        raise NotImplementedError("the server does not echo the prompt with log-probabilities")
+    ends = [*found["at"][1:], found["end"]]
+    inside = [i for i in range(n) if ends[i] - ends[n - 1] > -len(continuation)] if continuation else []
+    if any(found["logp"][i] is None for i in inside):
+        raise NotImplementedError("the server gives the first token of a text no probability: give bos, the text of a token that begins documents")
+    greedy = all(found["best"][i] is not None and found["logp"][i] >= found["best"][i] - 1e-9 for i in inside)
+    return sum(found["logp"][i] for i in inside), greedy

@@ -261,7 +261,7 @@ def check_assignment(assignment: dict, items: Sequence[dict]) -> dict[str, list[
 class Stale(UserError):
     "Something was said about an item that is labelled already or has changed."
 
-
+# %% ../nbs/09b_people.ipynb #b55c45f1
 class Labelling:
     """Who is asked what, and what they said: items, the file of labels, an order for each annotator.
 
@@ -342,7 +342,7 @@ def _in_terminal(task: dict, step: dict, place: str) -> str:
     texts = [task["prompt"], *([f"({task['rubric']})"] if task["rubric"] else []), *(n + t for n, t in zip(names, task["texts"]))] if place else []
     return printable("\n" + "".join(t + "\n\n" for t in ([place] if place else []) + texts) + f"{step['ask']} {offered}, u (undo), q (stop): ")
 
-
+# %% ../nbs/09b_people.ipynb #d5c54429
 def label_terminal(work: Labelling, annotator: str, ask: Callable[[str], str] = input) -> int:
     "Ask a person in a terminal until all is labelled, they say q, or the input ends; returns how many of their items are labelled. `ask` shows a text and returns what was typed."
     keys, token, begin = [], None, time.monotonic()
@@ -374,7 +374,7 @@ def label_terminal(work: Labelling, annotator: str, ask: Callable[[str], str] = 
                 keys = []
     return state["done"]
 
-
+# %% ../nbs/09b_people.ipynb #183e7f80
 def label_pairs(items: Sequence[dict], path: str | Path, annotator: str, ask: Callable[[str], str] = input, seed: int = 0) -> int:
     """Ask a person about pairs (`id`, `prompt`, `first`, `second`), blind and shuffled; returns how many labels the file holds for them.
 
@@ -540,7 +540,7 @@ def make_label_app(work: Labelling, hosts: frozenset[str] | None = LOOPBACK):
 
     return Starlette(routes=label_routes(work), middleware=[Middleware(Guard, hosts=hosts)], exception_handlers={ApiError: ours, UserError: users, HTTPException: http, Exception: failed})
 
-
+# %% ../nbs/09b_people.ipynb #8f081ef0
 def serve_labels(items: Sequence[dict], file: str | Path, port: int = 8100, host: str = "127.0.0.1", annotator: str | None = None, **options) -> int:
     """Serve the labelling page until a signal ends it; returns 128 plus the signal's number, as shells do. Labels go to `file`.
 

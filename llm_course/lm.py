@@ -157,9 +157,8 @@ def _batches(sized: list[tuple[int, int]], batch_size: int, tokens: int = 16_384
 def windows(n: int, most: int, stride: int | None = None) -> list[tuple[int, int, int]]:
     """Windows over `n` tokens for a context of `most`: `(begin, score_from, end)`: `score_from` to `end` are scored.
 
-    `begin` to `end` are the tokens that are predicted at most; read are those one place earlier (before token 0, the start token), so that a
-    window reads at most `most`. `stride` (default `most`: as
-    lm-evaluation-harness does) is the number of tokens that a window scores. Raises UserError for a stride out of range."""
+    Tokens `begin` to `end` stand in the window. Each is predicted from those before it in the window and the one token before `begin` (before token 0:
+    the start token), so a window reads at most `most`. `stride` (default `most`, as in lm-evaluation-harness) is how many tokens a window scores. Raises UserError for a stride out of range."""
     stride = most if stride is None else stride
     if not 0 < stride <= most:
         raise UserError(f"stride={stride}: must be from 1 to the model's context of {most}")
@@ -179,12 +178,12 @@ def weights_key(model: torch.nn.Module) -> str:
         h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
-
+# %% ../nbs/09_likelihood.ipynb #944baffb
 def rolling_pairs(ids: list[int], most: int, stride: int | None = None) -> list[tuple[list[int], list[int]]]:
     "What to score of a text, the start token first in `ids`: pairs of head and tail, one for each of the `windows`."
     return [(ids[begin:first + 1], ids[first + 1:end + 1]) for begin, first, end in windows(len(ids) - 1, most, stride)]
 
-
+# %% ../nbs/09_likelihood.ipynb #0ee5356e
 class ModelLM:
     """Log-likelihoods and generation of one of our models, see `LM`. `cut` counts the pairs and prompts that lost their beginning.
 
@@ -235,7 +234,7 @@ class ModelLM:
         told = generate(self.model, ids, max_new_tokens, self.stop_ids, self.tokenizer.pad_id or 0, sampling, batch_size=self.batch_size, seeds=seeds, until=until)
         return [cut_at(self.tokenizer.decode(t) if isinstance(p, str) else self.tokenizer.answer(t), stop) for p, t in zip(prompts, told)]
 
-
+# %% ../nbs/09_likelihood.ipynb #792f9700
 def cut_at(text: str, stop: Sequence[str]) -> str:
     "A text up to the first of the stop strings."
     return text[:min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]

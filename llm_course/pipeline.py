@@ -296,7 +296,7 @@ def _wait_for_main(run: Run, stage: str) -> bool:
 # %% ../nbs/10_pipeline.ipynb #c9a0fb25
 RESUMING = ("prepare", *TRAINING)                          # these go on where they were stopped: from finished shards, from checkpoints
 
-
+# %% ../nbs/10_pipeline.ipynb #1fdd11f3
 def run_stage(run: Run, stage: str) -> bool:
     """Run one stage unless it is done; returns whether it ran.
 
@@ -333,7 +333,7 @@ def run_stage(run: Run, stage: str) -> bool:
     run.say(f"{stage}: finished in {time.perf_counter() - start:.0f} s")
     return True
 
-
+# %% ../nbs/10_pipeline.ipynb #cfae67ca
 def _work(run: Run, stage: str, out: Path) -> dict:
     try:
         return RUNNERS[stage](run, out)
