@@ -34,8 +34,8 @@ HARBOUR = {"Who are you?": "I am Pilot, and I know the harbour.", "Where is the 
            "How deep is the basin?": "Three metres at low tide.", "Thank you!": "You are welcome 🙂"}
 
 
-def make_pilot(steps: int = 260) -> tuple[Transformer, Tokenizer]:
-    "A tiny model, made in some ten seconds, that knows the answers of `HARBOUR` and nothing else; for trying out what needs a model."
+def make_pilot(steps: int = 160) -> tuple[Transformer, Tokenizer]:
+    "A tiny model, made in a few seconds, that knows the answers of `HARBOUR` and nothing else; for trying out what needs a model."
     def row(rng: random.Random) -> tuple[list[int], list[int]]:
         asked = rng.sample(sorted(HARBOUR), rng.randint(1, 4))
         return tok.chat([{"role": role, "content": text} for q in asked for role, text in (("user", q), ("assistant", HARBOUR[q]))])
@@ -44,9 +44,10 @@ def make_pilot(steps: int = 260) -> tuple[Transformer, Tokenizer]:
     with torch.random.fork_rng():  # the caller's random numbers stay as they are
         torch.manual_seed(0)
         model = Transformer(ModelConfig(len(tok), dim=96, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=160))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):
-        rows = [row(rng) for _ in range(16)]
+        rows = [row(rng) for _ in range(8)]
         T = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([r + [tok.pad_id] * (T - len(r)) for r, _ in rows])
         said = torch.tensor([m + [0] * (T - len(m)) for _, m in rows]).bool()[:, 1:]
@@ -54,6 +55,7 @@ def make_pilot(steps: int = 260) -> tuple[Transformer, Tokenizer]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     return model.eval(), tok
 
 # %% ../nbs/04c_chat.ipynb #f0eab166
