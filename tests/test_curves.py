@@ -131,12 +131,12 @@ def test_peaks_are_plausible():
 def test_instruments_change_nothing(tmp_path):
     screen = io.StringIO()
     screen.isatty = lambda: True
-    plain = run()
-    watched = run(tmp_path / "a", [LivePlot(seconds=0), TerminalPlot(stream=screen, seconds=0), Progress(disable=True)], steps=30)
+    plain = run(steps=12)
+    watched = run(tmp_path / "a", [LivePlot(seconds=0), TerminalPlot(stream=screen, seconds=0), Progress(disable=True)], steps=12)
     same = lambda t: [{k: v for k, v in r.items() if k != "seconds"} for r in t.history]
     assert same(plain) == same(watched)
-    assert (tmp_path / "a" / "curves.png").read_bytes()[:4] == b"\x89PNG" and "step 1 to 30; loss now" in screen.getvalue()
-    assert len(speeds(as_log(watched.history))[0]) == 30
+    assert (tmp_path / "a" / "curves.png").read_bytes()[:4] == b"\x89PNG" and "step 1 to 12; loss now" in screen.getvalue()
+    assert len(speeds(as_log(watched.history))[0]) == 12
 
 
 def test_a_figure_of_nothing_and_of_nan():
