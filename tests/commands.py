@@ -1,7 +1,8 @@
-"""The command `llm_course` in a process of its own, forked from one that has loaded torch already: that costs seven seconds of work, and need not be done for each command.
+"""The command `llm_course`, and programs of the tests, in processes of their own, forked from one that has loaded torch already: that costs seven seconds of work, and need not be done for each.
 
 The processes are real: of their own memory, signals, exit status, and files for what they say. What a start from nothing is like, a few tests try with `subprocess`."""
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -69,17 +70,63 @@ def llm_course(*args: str, cwd: Path | str = ".", timeout: float = 300, input: s
     return subprocess.CompletedProcess(args, process.exitcode, out, err)
 
 
-def as_launched(n: int, program: Path | str, *arguments: Path | str, **variables: str) -> list[subprocess.Popen]:
+def _program(program: str, arguments: list[str], variables: dict[str, str], said: str) -> None:
+    for number, (path, flags) in enumerate(((os.devnull, os.O_RDONLY), (said, os.O_WRONLY | os.O_APPEND), (said, os.O_WRONLY | os.O_APPEND))):
+        stream = os.open(path, flags)
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv[:], sys.path[:0] = [program, *arguments], [str(Path(program).parent)]
+    runpy.run_path(program, run_name="__main__")
+
+
+class Forked:
+    "A Python program in a forked process, with what the tests need of `subprocess.Popen`."
+    def __init__(self, program: Path | str, arguments: tuple = (), env: dict[str, str] = ENV):
+        self.folder = tempfile.TemporaryDirectory()
+        self.said = Path(self.folder.name) / "said"
+        self.said.touch()
+        self.process = _server().Process(target=_program, args=(str(program), [str(a) for a in arguments], env, str(self.said)))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.said.name, timeout, self.said.read_text(errors="replace"))
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self.wait(timeout)
+        return self.said.read_text(encoding="utf-8", errors="replace"), None
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def start_program(program: Path | str, *arguments: Path | str, env: dict[str, str] = ENV) -> Forked | subprocess.Popen:
+    "A Python file, started; what it says on both streams is what `communicate` gives first."
+    if CAN_FORK:
+        return Forked(program, arguments, env)
+    return subprocess.Popen([sys.executable, str(program), *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def as_launched(n: int, program: Path | str, *arguments: Path | str, **variables: str) -> list[Forked | subprocess.Popen]:
     "A program on `n` processes, with the variables that torchrun would set, and no launcher that ends the others when one dies. What they say comes as one stream."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     where = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if n > 1 else {}
     each = [{"RANK": str(r), "LOCAL_RANK": str(r)} if n > 1 else {} for r in range(n)]
-    return [subprocess.Popen([sys.executable, str(program), *map(str, arguments)], env=ENV | variables | where | e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in each]
+    return [start_program(program, *arguments, env=ENV | variables | where | e) for e in each]
 
 
-def wait_for(processes: list[subprocess.Popen], timeout: float = 200) -> None:
+def wait_for(processes: list[Forked | subprocess.Popen], timeout: float = 200) -> None:
     "Until all have ended, and ended well: else the last that one said is in the error. None is left behind."
     try:
         for process in processes:

@@ -4,14 +4,14 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import ENV
+from commands import start_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_course.checkpoint import checkpoints
@@ -123,15 +123,20 @@ make(Path(sys.argv[1]), [guard(), Kill()]).fit()
 """
 
 
-def child(folder, n, where="step", how="signal.SIGKILL"):
-    code = "from pathlib import Path\n" + CHILD.format(tests=os.path.dirname(__file__), how=how)
-    return subprocess.run([sys.executable, "-c", code, str(folder), str(n), where], env=ENV, capture_output=True, text=True, timeout=120)
+def child(folder, n, where="step", how="signal.SIGKILL") -> tuple[int, str]:
+    "Exit status, and what it said."
+    with tempfile.TemporaryDirectory() as place:
+        program = Path(place, "child.py")
+        program.write_text("from pathlib import Path\n" + CHILD.format(tests=os.path.dirname(__file__), how=how))
+        process = start_program(program, folder, n, where)
+        said, _ = process.communicate(timeout=120)
+    return process.returncode, said
 
 
 @pytest.mark.parametrize("n, where", [(47, "step"), (48, "step"), (49, "step"), (60, "step"), (10**9, "save"), (10**9, "forget")])
 def test_killed_in_the_spike_ends_bit_for_bit_the_same(whole, tmp_path, n, where):
-    done = child(tmp_path, n, where)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    status, said = child(tmp_path, n, where)
+    assert status == -signal.SIGKILL, said[-2000:]
     again = make(tmp_path)
     again.fit()
     assert digest(again) == digest(whole[1]) and log_of(tmp_path) == log_of(whole[0])
@@ -140,8 +145,8 @@ def test_killed_in_the_spike_ends_bit_for_bit_the_same(whole, tmp_path, n, where
 @pytest.mark.parametrize("n", [42, 46, 47])
 def test_a_checkpoint_forced_by_sigterm_is_no_target(whole, tmp_path, n):
     "SIGTERM just before and in the spike: a checkpoint between the regular ones, and yet the same way back."
-    done = child(tmp_path, n, how="signal.SIGTERM")
-    assert "stopped at step" in done.stderr, done.stderr[-2000:]
+    _, said = child(tmp_path, n, how="signal.SIGTERM")
+    assert "stopped at step" in said, said[-2000:]
     again = make(tmp_path)
     again.fit()
     assert digest(again) == digest(whole[1]) and log_of(tmp_path) == log_of(whole[0])
