@@ -17,7 +17,7 @@ from llm_course.filtering import clean_documents
 from llm_course.mixing import mix
 from llm_course.counting import count_parameters
 from llm_course.model import ModelConfig, Transformer
-from llm_course.recipes import RECIPES, paired_difference, recipe_config
+from llm_course.recipes import RECIPES, seed_difference, recipe_config
 from llm_course.tokenizer import train_tokenizer
 from llm_course.trainer import TrainConfig, Trainer, mean_loss, seed_all
 from llm_course.world import make_village, python_code, python_docs, village_documents
@@ -88,7 +88,7 @@ if __name__ == "__main__":
         table[name] = {"change": RECIPES[name], "ffn_dim": everything[name].ffn_dim, "parameters": count_parameters(everything[name])["total"],
                        "lr": best, "val_by_lr": {f"{r['lr']:g}": r["loss"] for r in tried}, "losses": losses, "mean": round(statistics.mean(losses), 4),
                        "sd": round(statistics.stdev(losses), 4)}
-        difference, half_width = paired_difference(losses, table["modern (Llama)"]["losses"])
+        difference, half_width = seed_difference(losses, table["modern (Llama)"]["losses"])
         table[name] |= {"difference": round(difference, 4), "half_width": round(half_width, 4)}
         print(name, table[name], flush=True)
     if args.save:

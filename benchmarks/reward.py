@@ -19,7 +19,7 @@ from llm_course.formats import convert
 from llm_course.hub import load_model
 from llm_course.model import ModelConfig, Transformer
 from llm_course.reading import read_rows
-from llm_course.reward import (RewardModel, as_gold, bradley_terry_loss, calibration, calibration_error, fit_choices, length_slope, pair_examples, pair_rewards,
+from llm_course.reward import (RewardModel, as_gold, bradley_terry_loss, calibration, pair_calibration_error, fit_choices, length_slope, pair_examples, pair_rewards,
                                reward_batch, rewards_of, train_reward)
 from llm_course.tokenizer import Tokenizer, train_tokenizer
 from llm_course.trainer import TrainConfig, Trainer, seed_all
@@ -79,7 +79,7 @@ class Lab:
     def scores(self, result: dict, split: str = "test") -> dict:
         "Accuracy by what a pair's answers differ in, and calibration, of one arm."
         gaps = self.gaps(result, split)
-        return accuracies(getattr(self, split), gaps > 0) | {"ece": calibration_error(calibration(gaps))}
+        return accuracies(getattr(self, split), gaps > 0) | {"ece": pair_calibration_error(calibration(gaps))}
 
     def gaps(self, result: dict, split: str = "test") -> torch.Tensor:
         r = torch.tensor(result[split], dtype=torch.float64)
@@ -89,7 +89,7 @@ class Lab:
         "The calibration error against labels of which a share is turned round: mean of some draws."
         gaps, draw = self.gaps(result), torch.Generator().manual_seed(0)
         turned = [torch.where(torch.rand(len(gaps), generator=draw) < share, -gaps, gaps) for _ in range(draws)]
-        return sum(calibration_error(calibration(g)) for g in turned) / draws
+        return sum(pair_calibration_error(calibration(g)) for g in turned) / draws
 
 
 def about_run(run: Path) -> dict:
@@ -292,7 +292,7 @@ def together(lab: Lab, result: dict, features: dict, which: int) -> dict:
         gaps[s] = torch.stack([r[:, 0] - r[:, 1], f[:, 0] - f[:, 1]], 1)
     w = fit_choices(gaps["val"])
     both = gaps["test"] @ w
-    return accuracies(lab.test, both > 0) | {"ece": calibration_error(calibration(both)), "weights": [round(x, 4) for x in w.tolist()]}
+    return accuracies(lab.test, both > 0) | {"ece": pair_calibration_error(calibration(both)), "weights": [round(x, 4) for x in w.tolist()]}
 
 
 def content(lab: Lab, n: int = 1000) -> dict:
@@ -317,7 +317,7 @@ def whole(lab: Lab) -> dict:
     val, test = (torch.tensor(lab.stage()[k], dtype=torch.float64) for k in ("val", "test"))
     gaps, t = test[:, 0] - test[:, 1], 1 / fit_choices(val[:, :1] - val[:, 1:])[0].item()
     nll = lambda g: F.softplus(-g).mean().item()
-    return lab.scores(lab.stage()) | {"temperature": t, "bins": calibration(gaps), "bins_scaled": calibration(gaps / t), "ece_scaled": calibration_error(calibration(gaps / t)), "loss": nll(gaps),
+    return lab.scores(lab.stage()) | {"temperature": t, "bins": calibration(gaps), "bins_scaled": calibration(gaps / t), "ece_scaled": pair_calibration_error(calibration(gaps / t)), "loss": nll(gaps),
                                       "loss_scaled": nll(gaps / t), "mean_reward": test.mean().item(), "longest_answer": longest_answer_baseline(lab.test), "n": len(lab.test)}
 
 

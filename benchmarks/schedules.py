@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llm_course.counting import count_parameters
-from llm_course.recipes import paired_difference, recipe_config
+from llm_course.recipes import seed_difference, recipe_config
 from record import arguments, save
 from recipes import make_rows, one_run
 
@@ -42,7 +42,7 @@ if __name__ == "__main__":
             tried = [run(optimizer, name, "val", val, lr, 100) for lr in rates]
             best = min(tried, key=lambda r: r["loss"] or math.inf)["lr"]
             losses = [run(optimizer, name, "test", test, best, seed)["loss"] for seed in range(args.seeds)]
-            difference, half_width = paired_difference(losses, table[optimizer]["cosine"]["losses"] if table[optimizer] else losses)
+            difference, half_width = seed_difference(losses, table[optimizer]["cosine"]["losses"] if table[optimizer] else losses)
             table[optimizer][name] = SCHEDULES[name] | {
                 "lr": best, "val_by_lr": {f"{r['lr']:g}": r["loss"] for r in tried}, "losses": losses, "mean": round(statistics.mean(losses), 4),
                 "sd": round(statistics.stdev(losses), 4), "difference": round(difference, 4), "half_width": round(half_width, 4)}

@@ -136,7 +136,7 @@ def reliability(labels: Sequence[int], probabilities: Sequence[float], n_bins: i
 
 
 def calibration_error(labels: Sequence[int], probabilities: Sequence[float], n_bins: int = 10) -> float:
-    "Expected calibration error (Guo et al., 2017): 0 where probabilities mean what they say."
+    "Expected calibration error (Naeini et al., 2015): 0 where probabilities mean what they say."
     bins = reliability(labels, probabilities, n_bins)
     return float(sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in bins) / max(1, sum(b["n"] for b in bins)))
 

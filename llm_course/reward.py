@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fit_choices', 'bradley_terry_loss', 'RewardModel', 'pair_examples', 'reward_batch', 'reward_loss', 'train_reward',
-           'rewards_of', 'pair_rewards', 'pair_correctness', 'as_gold', 'calibration', 'calibration_error',
+           'rewards_of', 'pair_rewards', 'pair_correctness', 'as_gold', 'calibration', 'pair_calibration_error',
            'length_slope', 'continuation_logps', 'pair_logps', 'likelihood_weight', 'likelihood_scorer']
 
 # %% ../nbs/07_reward_model.ipynb #4865f147
@@ -197,7 +197,7 @@ def calibration(gaps: Tensor, bins: int = 5) -> list[dict]:
     return out
 
 
-def calibration_error(bins: Sequence[dict]) -> float:
+def pair_calibration_error(bins: Sequence[dict]) -> float:
     "Expected calibration error (Naeini et al., 2015): the mean distance of `sure` from `right`, weighted by the pairs in each bin."
     return sum(b["n"] * abs(b["sure"] - b["right"]) for b in bins) / sum(b["n"] for b in bins)
 

@@ -12,7 +12,7 @@ from llm_course.bestofn import answer_pool, best_of_n, best_of_n_kl, pool_logps,
 from llm_course.formats import convert
 from llm_course.model import ModelConfig, Transformer
 from llm_course.reading import UserError, read_rows
-from llm_course.reward import (RewardModel, bradley_terry_loss, calibration, calibration_error, fit_choices, length_slope, likelihood_weight, pair_examples, pair_logps, pair_rewards, rewards_of,
+from llm_course.reward import (RewardModel, bradley_terry_loss, calibration, pair_calibration_error, fit_choices, length_slope, likelihood_weight, pair_examples, pair_logps, pair_rewards, rewards_of,
                                train_reward)
 from llm_course.tokenizer import train_tokenizer
 from llm_course.trainer import TrainConfig, seed_all
@@ -113,7 +113,7 @@ def test_a_temperature_changes_certainty_and_no_order():
     temperature = 1 / fit_choices(gaps[:2000, None])[0].item()
     assert temperature == pytest.approx(3, rel=0.15)
     before, after = (calibration(g[2000:]) for g in (gaps, gaps / temperature))
-    assert calibration_error(after) < 0.04 < calibration_error(before)
+    assert pair_calibration_error(after) < 0.04 < pair_calibration_error(before)
     assert sum(b["n"] * b["right"] for b in before) == pytest.approx(sum(b["n"] * b["right"] for b in after))
 
 
