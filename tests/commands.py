@@ -31,15 +31,20 @@ def _server():
     return context
 
 
-def _main(args: list[str], cwd: str, streams: list[str]) -> None:
-    from llm_course.cli import main
-    for number, (path, flags) in enumerate(zip(streams, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY))):
+def _become(streams: list[str], variables: dict[str, str]) -> None:
+    "In the new process: its input, output and errors, and its environment."
+    for number, (path, flags) in enumerate(zip(streams, (os.O_RDONLY, os.O_WRONLY | os.O_APPEND, os.O_WRONLY | os.O_APPEND))):
         stream = os.open(path, flags)
         os.dup2(stream, number)
         os.close(stream)
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     os.environ.clear()
-    os.environ.update(ENV)
+    os.environ.update(variables)
+
+
+def _main(args: list[str], cwd: str, streams: list[str]) -> None:
+    from llm_course.cli import main
+    _become(streams, ENV)
     os.chdir(cwd)
     sys.argv = ["llm_course", *args]
     sys.exit(main(args))
@@ -71,12 +76,7 @@ def llm_course(*args: str, cwd: Path | str = ".", timeout: float = 300, input: s
 
 
 def _program(program: str, arguments: list[str], variables: dict[str, str], said: str) -> None:
-    for number, (path, flags) in enumerate(((os.devnull, os.O_RDONLY), (said, os.O_WRONLY | os.O_APPEND), (said, os.O_WRONLY | os.O_APPEND))):
-        stream = os.open(path, flags)
-        os.dup2(stream, number)
-        os.close(stream)
-    os.environ.clear()
-    os.environ.update(variables)
+    _become([os.devnull, said, said], variables)
     sys.argv[:], sys.path[:0] = [program, *arguments], [str(Path(program).parent)]
     runpy.run_path(program, run_name="__main__")
 
